@@ -1,0 +1,11 @@
+_base_ = './inceptionnext_t.py'
+model = dict(
+    backbone=dict(
+        arch='base',
+        drop_path_rate=0.2,  # Table 10
+        init_cfg=dict(
+            checkpoint='https://github.com/sail-sg/inceptionnext/releases/download/model/inceptionnext_base.pth',
+        ),
+    ),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)

@@ -1,0 +1,10 @@
+_base_ = './inceptionnext_t.py'
+model = dict(
+    backbone=dict(
+        arch='small',
+        drop_path_rate=0.2,  # Table 10
+        init_cfg=dict(
+            checkpoint='https://github.com/sail-sg/inceptionnext/releases/download/model/inceptionnext_small.pth',
+        ),
+    )
+)

@@ -1,0 +1,39 @@
+"""InceptionNeXt for MMSegmentation. Importing the package registers its classes in mmseg's registries."""
+
+import contextlib
+import io
+import warnings
+
+# Importing mmseg prints two lines about a data service and warns of a compiled operator that nothing here needs.
+with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
+    import mmseg.datasets
+    import mmseg.models  # noqa: F401
+
+from mmseg_inceptionnext.data.check import CheckAnnotation
+from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.evaluation import PerClassIoUMetric
+from mmseg_inceptionnext.models.inceptionnext import InceptionNeXt
+from mmseg_inceptionnext.report.overlay import OverlayHook
+from mmseg_inceptionnext.training.mixed_precision import BFloat16OptimWrapper
+from mmseg_inceptionnext.training.non_finite_loss import StopOnNonFiniteLossHook
+from mmseg_inceptionnext.training.reproducible import (
+    ReproducibleInfiniteSampler,
+    SeedAugmentation,
+    SeedIterationHook,
+)
+from mmseg_inceptionnext.version import __version__
+
+__all__ = [
+    'BFloat16OptimWrapper',
+    'CheckAnnotation',
+    'InceptionNeXt',
+    'OverlayHook',
+    'PerClassIoUMetric',
+    'ReproducibleInfiniteSampler',
+    'SeedAugmentation',
+    'SeedIterationHook',
+    'StopOnNonFiniteLossHook',
+    'UserError',
+    '__version__',
+]

@@ -1,0 +1,51 @@
+"""What the tools share: options of the same name, and one line for a user's mistake."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mmengine.config import DictAction
+
+from mmseg_inceptionnext.errors import UserError
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """The options that :func:`mmseg_inceptionnext.config.load_config` takes."""
+    parser.add_argument('--work-dir', help='where logs and checkpoints go (work_dirs/<folder>/<name of the config>)')
+    parser.add_argument('--data-root', help='root of the data set of every dataloader')
+    parser.add_argument(
+        '--launcher',
+        choices=('none', 'pytorch', 'slurm', 'mpi'),
+        default='none',
+        help='what started the processes of a distributed run (none)',
+    )
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override parts of the config'
+    )
+
+
+def output_file(text: str) -> Path:
+    """An argparse type: a file that can be written, checked before hours are spent on what goes into it."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f'cannot write {path}: {error.strerror}') from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f'cannot write {path}')
+    return path
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a tool's main function; a user's mistake ends in one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        # A data-loading worker hands its error over wrapped in a traceback; the message is what comes last.
+        message = str(error).rsplit('UserError: ', 1)[-1].strip()
+        print(f'error: {message}', file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,82 @@
+"""Read a config file and apply to it what a command line asks for."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.device import get_device
+
+from mmseg_inceptionnext.errors import UserError
+
+
+def load_config(path: str | Path, work_dir: str | Path | None = None, data_root: str | Path | None = None,
+                launcher: str = 'none', cfg_options: dict | None = None) -> Config:  # fmt: skip
+    """Read a config, override parts of it, and make sure that its work dir can be written.
+
+    Args:
+        path: A config file.
+        work_dir: Where logs and checkpoints go. Default: the config's own, else ``work_dirs/<folder>/<name>``, because
+            UperNet and Semantic FPN have configs of the same name.
+        data_root: Root of the data set of every dataloader.
+        launcher: 'none', or how the processes of a distributed run were started: 'pytorch', 'slurm' or 'mpi'.
+        cfg_options: Further changes, ``{'model.backbone.with_cp': True}``. They go last and win.
+
+    Raises:
+        UserError: no such file, one that cannot be read as a config, or a work dir that cannot be written.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'no config at {path.absolute()}: check the path')
+    try:
+        cfg = Config.fromfile(path)
+    except (SyntaxError, NameError, KeyError, TypeError, OSError, ImportError) as error:
+        raise UserError(f'{path} cannot be read as a config: {type(error).__name__}: {error}') from error
+    cfg.launcher = launcher
+    if data_root is not None:
+        for split in ('train', 'val', 'test'):
+            _set_data_root(cfg.get(f'{split}_dataloader'), str(data_root))
+    if cfg_options:
+        cfg.merge_from_dict(cfg_options)
+
+    default = cfg.get('work_dir') or Path('work_dirs', path.absolute().parent.name, path.stem)
+    cfg.work_dir = str(work_dir or default)
+    _check_writable(Path(cfg.work_dir))
+    return cfg
+
+
+def fit_to_device(cfg: Config) -> None:
+    """On a CPU, turn SyncBN, which needs a GPU, into BN, and talk between processes over gloo."""
+    if get_device() == 'cpu':
+        _replace_type(cfg.model, 'SyncBN', 'BN')
+        cfg.env_cfg.dist_cfg.backend = 'gloo'
+
+
+def _set_data_root(node, data_root: str) -> None:
+    for child in _children(node):
+        if isinstance(child, dict) and 'data_root' in child:
+            child['data_root'] = data_root
+        _set_data_root(child, data_root)
+
+
+def _replace_type(node, old: str, new: str) -> None:
+    for child in _children(node):
+        if isinstance(child, dict) and child.get('type') == old:
+            child['type'] = new
+        _replace_type(child, old, new)
+
+
+def _children(node) -> list:
+    if isinstance(node, dict):
+        return list(node.values())
+    return list(node) if isinstance(node, (list, tuple)) else []
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f'cannot write to {folder.absolute()} ({error.strerror}): choose another --work-dir') from error

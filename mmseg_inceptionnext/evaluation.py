@@ -1,0 +1,74 @@
+"""Evaluate a trained segmentor: mIoU, mean and overall accuracy, and both figures of every class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.runner import Runner
+from mmseg.evaluation import IoUMetric
+from mmseg.registry import METRICS
+
+from mmseg_inceptionnext.config import fit_to_device
+from mmseg_inceptionnext.data.check import check_data
+from mmseg_inceptionnext.models.inceptionnext import ARCHS
+from mmseg_inceptionnext.weights import check_fits, read_checkpoint
+
+
+@METRICS.register_module()
+class PerClassIoUMetric(IoUMetric):
+    """mmseg's IoUMetric, which prints the figures of each class, and keeps them too.
+
+    Attributes:
+        per_class (dict): After an evaluation, ``{class name: {'IoU': percent, 'Acc': percent}}``. None where a
+            class is neither in the ground truth nor predicted (IoU), or not in the ground truth (Acc).
+    """
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        metrics = super().compute_metrics(results)
+        if not self.format_only:
+            figures = self.total_area_to_metrics(*(sum(areas) for areas in zip(*results, strict=True)), ['mIoU'])
+            names = (name.strip() for name in self.dataset_meta['classes'])
+            self.per_class = {
+                name: {'IoU': _percent(iou), 'Acc': _percent(acc)}
+                for name, iou, acc in zip(names, figures['IoU'], figures['Acc'], strict=True)
+            }
+        return metrics
+
+
+def _percent(ratio: float) -> float | None:
+    return None if np.isnan(ratio) else round(float(ratio) * 100, 2)
+
+
+def evaluate(cfg: Config, checkpoint: str | Path, out: str | None = None, show_dir: str | None = None) -> dict:
+    """Run the test loop of a config.
+
+    Args:
+        cfg: A whole config, with ``work_dir`` set.
+        checkpoint: A segmentor trained with it; every key and shape must agree.
+        out: Folder for predicted label maps, as PNGs in the coding of the data set's annotations.
+        show_dir: Folder for pictures of image, truth and prediction.
+
+    Returns:
+        ``{'mIoU', 'mAcc', 'aAcc', 'per_class': {name: {'IoU', 'Acc'}}}`` in percent; None for what is not defined,
+        because no class is there.
+
+    Raises:
+        UserError: the data set or the checkpoint cannot be read or does not fit the config.
+    """
+    check_data(cfg, 'test')
+    content = read_checkpoint(checkpoint)
+    fit_to_device(cfg)
+    if out is not None:
+        cfg.test_evaluator.output_dir = str(out)
+    if show_dir is not None:
+        cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='OverlayHook', out_dir=str(show_dir))]
+
+    runner = Runner.from_cfg(cfg)
+    check_fits(runner.model, content, checkpoint, ARCHS)
+    runner.load_checkpoint(str(checkpoint), map_location='cpu', strict=True)
+    figures = runner.test()
+    metric = next(m for m in runner.test_evaluator.metrics if isinstance(m, PerClassIoUMetric))
+    headline = {key: None if np.isnan(figures[key]) else float(figures[key]) for key in ('mIoU', 'mAcc', 'aAcc')}
+    return {**headline, 'per_class': metric.per_class}

@@ -1,0 +1,302 @@
+"""InceptionNeXt (Yu et al., CVPR 2024) as a segmentation backbone.
+
+Read from top to bottom: token mixer, MLP, block, stage, network. Section, table and equation numbers are the paper's
+(arXiv:2303.16900). Parameter names are those of the released ImageNet checkpoints, so that nothing is renamed on load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from mmcv.cnn import build_norm_layer
+from mmengine.model import BaseModule
+from mmseg.registry import MODELS
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.weights import load_pretrained
+
+# Table 3. Its Atto column misprints two widths; these are the released model's, and give the printed 4.2 M parameters.
+ARCHS = {
+    'atto': dict(depths=(2, 2, 6, 2), channels=(40, 80, 160, 320), mlp_ratios=(4, 4, 4, 3),
+                 band_kernel_size=9, square_kernel_size=3, branch_ratio=1 / 4),
+    'tiny': dict(depths=(3, 3, 9, 3), channels=(96, 192, 384, 768), mlp_ratios=(4, 4, 4, 3),
+                 band_kernel_size=11, square_kernel_size=3, branch_ratio=1 / 8),
+    'small': dict(depths=(3, 3, 27, 3), channels=(96, 192, 384, 768), mlp_ratios=(4, 4, 4, 3),
+                  band_kernel_size=11, square_kernel_size=3, branch_ratio=1 / 8),
+    'base': dict(depths=(3, 3, 27, 3), channels=(128, 256, 512, 1024), mlp_ratios=(4, 4, 4, 3),
+                 band_kernel_size=11, square_kernel_size=3, branch_ratio=1 / 8),
+}  # fmt: skip
+
+
+class InceptionDWConv2d(nn.Module):
+    """Token mixer: a large-kernel depthwise convolution decomposed into four parallel branches (Sec. 3.2, Eq. 4-7).
+
+    Of C channels, the first C - 3g pass unchanged; g each go through a square, a horizontal and a vertical band
+    kernel, g = ⌊C · branch_ratio⌋. The identity comes first: Algorithm 1 prints it last, the released weights disagree.
+
+    Input and output: (N, C, H, W).
+    """
+
+    def __init__(self, channels: int, square_kernel_size: int, band_kernel_size: int, branch_ratio: float):
+        super().__init__()
+        g = int(channels * branch_ratio)
+        square, band = square_kernel_size, band_kernel_size
+        self.dwconv_hw = nn.Conv2d(g, g, square, padding=square // 2, groups=g)
+        self.dwconv_w = nn.Conv2d(g, g, (1, band), padding=(0, band // 2), groups=g)
+        self.dwconv_h = nn.Conv2d(g, g, (band, 1), padding=(band // 2, 0), groups=g)
+        self.split_sizes = (channels - 3 * g, g, g, g)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_id, x_hw, x_w, x_h = x.split(self.split_sizes, dim=1)
+        return torch.cat((x_id, self.dwconv_hw(x_hw), self.dwconv_w(x_w), self.dwconv_h(x_h)), dim=1)
+
+
+class ConvMlp(nn.Module):
+    """Two 1×1 convolutions with a GELU between them. (N, C, H, W) to (N, C, H, W)."""
+
+    def __init__(self, channels: int, hidden_channels: int):
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, hidden_channels, kernel_size=1)
+        self.act = nn.GELU()
+        self.fc2 = nn.Conv2d(hidden_channels, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class InceptionNeXtBlock(nn.Module):
+    """MetaNeXt block, x + γ · MLP(Norm(TokenMixer(x))) (Sec. 3.1, Eq. 3), with LayerScale γ and stochastic depth.
+
+    Input and output: (N, C, H, W).
+    """
+
+    def __init__(self, channels: int, mlp_ratio: float, drop_path: float, layer_scale_init_value: float,
+                 norm_cfg: dict, **mixer: float):  # fmt: skip
+        super().__init__()
+        self.token_mixer = InceptionDWConv2d(channels, **mixer)
+        self.norm = build_norm_layer(norm_cfg, channels)[1]
+        self.mlp = ConvMlp(channels, int(channels * mlp_ratio))
+        self.gamma = nn.Parameter(torch.full((channels,), float(layer_scale_init_value)))
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mlp(self.norm(self.token_mixer(x)))
+        return x + self.drop_path(y * self.gamma[:, None, None])
+
+
+class InceptionNeXtStage(nn.Module):
+    """A down-sampling (norm, then a 2×2 convolution of stride 2; none in the first stage) and a row of blocks.
+
+    (N, C_in, H, W) to (N, C, ⌊H/2⌋, ⌊W/2⌋); the first stage keeps the size.
+    """
+
+    def __init__(self, in_channels: int, channels: int, downsample: bool, drop_path_rates: list[float],
+                 norm_cfg: dict, with_cp: bool, **block: float):  # fmt: skip
+        super().__init__()
+        self.with_cp = with_cp
+        self.downsample = nn.Identity()
+        if downsample:
+            self.downsample = nn.Sequential(
+                build_norm_layer(norm_cfg, in_channels)[1],
+                nn.Conv2d(in_channels, channels, kernel_size=2, stride=2),
+            )
+        self.blocks = nn.Sequential(
+            *(InceptionNeXtBlock(channels, drop_path=rate, norm_cfg=norm_cfg, **block) for rate in drop_path_rates)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = _checkpointed(block, x) if self.with_cp and x.requires_grad else block(x)
+        return x
+
+
+def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    """``block(x)`` with its activations recomputed in the backward pass.
+
+    The recomputation runs every BatchNorm a second time; its running statistics must count the batch once only.
+    """
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(block)))
+
+
+@contextmanager
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Normalise by batch statistics as in training, but leave the running ones as they are."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+
+
+@MODELS.register_module()
+class InceptionNeXt(BaseModule):
+    """InceptionNeXt (Sec. 3.3, Table 3), returning the feature maps of several stages.
+
+    Args:
+        arch: 'atto', 'tiny', 'small', 'base' or its first letter; or a dict with the keys of ``ARCHS['tiny']``.
+        in_channels: Channels of the input image.
+        drop_path_rate: Stochastic depth rate of the last block; it rises linearly from 0 over all blocks (Table 10).
+        layer_scale_init_value: Initial value of γ, above 0.
+        out_indices: Stages whose output is returned, ascending. Later stages are not built.
+        norm_cfg: Type and arguments of every normalisation layer; a kind of BatchNorm.
+        out_norm: Give each returned map a norm of its own (``norm0`` … ``norm3``), as the paper's author did for
+            segmentation. ImageNet checkpoints do not have them: they start as identity.
+        frozen_stages: Stages that are not trained and stay in eval mode: -1 none, 0 the stem, n the stem and the
+            first n stages. The out-norms are part of the segmentor and are trained all the same.
+        norm_eval: Keep every BatchNorm in eval mode while training.
+        with_cp: Activation checkpointing: recompute each block in the backward pass to save memory.
+        init_cfg: ``dict(type='Pretrained', checkpoint=X)`` loads ImageNet weights, see
+            :func:`mmseg_inceptionnext.weights.load_pretrained`. Otherwise truncated normal, σ = 0.02.
+
+    Attributes:
+        out_channels (tuple[int]): Channels of each returned map.
+        strides (tuple[int]): Stride of each returned map against the input, 4 · 2^stage.
+
+    Input: (N, in_channels, H, W), H and W at least the largest stride.
+    Output: a tuple of (N, out_channels[i], H_i, W_i), where H_i is H divided by 4 and then halved once a stage,
+    rounded down each time.
+
+    Raises:
+        UserError: an unknown ``arch``, or an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        in_channels: int = 3,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        out_indices: tuple[int, ...] = (0, 1, 2, 3),
+        norm_cfg: dict = dict(type='SyncBN', requires_grad=True),
+        out_norm: bool = True,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ):
+        super().__init__(init_cfg)
+        arch = _resolve_arch(arch)
+        depths, channels, mlp_ratios = arch['depths'], arch['channels'], arch['mlp_ratios']
+        _check_out_indices(out_indices, len(depths))
+        if not 0 <= drop_path_rate < 1:
+            raise UserError(f'drop_path_rate={drop_path_rate} must be at least 0 and below 1')
+        if not layer_scale_init_value > 0:
+            raise UserError(f'layer_scale_init_value={layer_scale_init_value} must be above 0')
+        if not -1 <= frozen_stages <= len(depths):
+            raise UserError(f'frozen_stages={frozen_stages} must be from -1 (none) to {len(depths)} (all)')
+
+        self.in_channels = in_channels
+        self.out_indices = tuple(out_indices)
+        self.out_channels = tuple(channels[i] for i in self.out_indices)
+        self.strides = tuple(4 * 2**i for i in self.out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, channels[0], kernel_size=4, stride=4),
+            build_norm_layer(norm_cfg, channels[0])[1],
+        )
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        self.stages = nn.Sequential()
+        for i in range(self.out_indices[-1] + 1):
+            self.stages.append(
+                InceptionNeXtStage(
+                    channels[max(i - 1, 0)],
+                    channels[i],
+                    downsample=i > 0,
+                    drop_path_rates=[next(rates) for _ in range(depths[i])],
+                    norm_cfg=norm_cfg,
+                    with_cp=with_cp,
+                    mlp_ratio=mlp_ratios[i],
+                    layer_scale_init_value=layer_scale_init_value,
+                    square_kernel_size=arch['square_kernel_size'],
+                    band_kernel_size=arch['band_kernel_size'],
+                    branch_ratio=arch['branch_ratio'],
+                )
+            )
+        for i in self.out_indices:
+            self.add_module(f'norm{i}', build_norm_layer(norm_cfg, channels[i])[1] if out_norm else nn.Identity())
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self._freeze_stages()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.stem(x)
+        outs = []
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i in self.out_indices:
+                outs.append(getattr(self, f'norm{i}')(x))
+        return tuple(outs)
+
+    def init_weights(self) -> None:
+        init_cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg or {}]
+        pretrained = [cfg for cfg in init_cfgs if cfg.get('type') == 'Pretrained']
+        # mmengine's own loader accepts partial matches in silence and falls back to unpickling; ours does neither.
+        original, self.init_cfg = self.init_cfg, [cfg for cfg in init_cfgs if cfg and cfg not in pretrained]
+        super().init_weights()
+        self.init_cfg = original
+        for cfg in pretrained:
+            load_pretrained(self, cfg['checkpoint'], ARCHS)
+
+    def train(self, mode: bool = True) -> InceptionNeXt:
+        super().train(mode)
+        self._freeze_stages()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def _freeze_stages(self) -> None:
+        frozen = [self.stem, *self.stages[: self.frozen_stages]] if self.frozen_stages >= 0 else []
+        for module in frozen:
+            module.eval()
+            module.requires_grad_(False)
+
+
+def _resolve_arch(arch: str | dict) -> dict:
+    """The entry of ``ARCHS`` that ``arch`` names, or ``arch`` itself once it is known to be one that can be built."""
+    if isinstance(arch, str):
+        names = {name[0]: name for name in ARCHS} | {name: name for name in ARCHS}
+        if arch not in names:
+            raise UserError(f'unknown arch {arch!r}: choose from {", ".join(map(repr, ARCHS))}, or give a dict')
+        return ARCHS[names[arch]]
+
+    expected = set(ARCHS['tiny'])
+    if set(arch) != expected:
+        wrong = [f'lacks {sorted(expected - set(arch))}'] if expected - set(arch) else []
+        wrong += [f'has unknown keys {sorted(set(arch) - expected)}'] if set(arch) - expected else []
+        raise UserError(f'the arch dict {" and ".join(wrong)}; it needs exactly {sorted(expected)}')
+    if not 0 < len(arch['depths']) == len(arch['channels']) == len(arch['mlp_ratios']):
+        raise UserError('depths, channels and mlp_ratios of an arch dict need one entry a stage each')
+    for key in ('band_kernel_size', 'square_kernel_size'):
+        if arch[key] % 2 == 0:
+            raise UserError(f'{key}={arch[key]} must be odd, or the branches would differ in size')
+    if not 1 <= int(min(arch['channels']) * arch['branch_ratio']) <= min(arch['channels']) // 3:
+        raise UserError(
+            f'branch_ratio={arch["branch_ratio"]} of {min(arch["channels"])} channels must give each of the three '
+            'convolution branches at least one channel and at most a third of them'
+        )
+    return arch
+
+
+def _check_out_indices(out_indices: tuple[int, ...], num_stages: int) -> None:
+    if not out_indices or not set(out_indices) <= set(range(num_stages)):
+        raise UserError(f'out_indices={tuple(out_indices)} must name stages from 0 to {num_stages - 1}')
+    if list(out_indices) != sorted(set(out_indices)):
+        raise UserError(f'out_indices={tuple(out_indices)} must ascend: feature maps come in the order of the stages')

@@ -1,0 +1,80 @@
+"""Train a segmentor from a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+
+from mmseg_inceptionnext.config import fit_to_device
+from mmseg_inceptionnext.data.check import check_data
+from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.models.inceptionnext import ARCHS
+from mmseg_inceptionnext.training.mixed_precision import use_mixed_precision
+from mmseg_inceptionnext.weights import check_fits, read_checkpoint
+
+
+def train(
+    cfg: Config,
+    weights: str | None = None,
+    resume: str | bool = False,
+    amp: bool = False,
+    seed: int | None = None,
+) -> Runner:
+    """Run the training loop of a config, with its validations.
+
+    Args:
+        cfg: A whole config, with ``work_dir`` set.
+        weights: The backbone's checkpoint instead of the config's, see
+            :func:`mmseg_inceptionnext.weights.load_pretrained`; 'none' trains from scratch.
+        resume: A checkpoint to go on from, or True for the last one in the work dir. Where there is none yet, the run
+            starts from the beginning, so that a job script can always ask to resume.
+        amp: Mixed precision, see :func:`use_mixed_precision`.
+        seed: Of all random numbers. Default: the config's, on resuming the checkpoint's, else a random one.
+
+    Returns:
+        The runner, after the last iteration.
+
+    Raises:
+        UserError: the data set, the weights or the checkpoint cannot be read or do not fit; or the loss is not finite.
+    """
+    check_data(cfg, 'train', 'val')
+    fit_to_device(cfg)
+    if weights is not None:
+        cfg.model.backbone.init_cfg = None if weights == 'none' else dict(type='Pretrained', checkpoint=weights)
+    if amp:
+        use_mixed_precision(cfg)
+    if seed is not None:
+        cfg.randomness = dict(cfg.get('randomness', {}), seed=seed)
+
+    checkpoint = _last_checkpoint(Path(cfg.work_dir)) if resume is True else resume or None
+    if checkpoint is None:
+        if resume:
+            print_log(f'No checkpoint in {cfg.work_dir} yet: training starts from the beginning', logger='current')
+        runner = Runner.from_cfg(cfg)
+    else:
+        runner = _resumed_runner(cfg, checkpoint)
+    runner.train()
+    return runner
+
+
+def _last_checkpoint(work_dir: Path) -> Path | None:
+    """What ``last_checkpoint`` names, also after the work dir was moved or is given relative to another folder."""
+    pointer = work_dir / 'last_checkpoint'
+    return work_dir / Path(pointer.read_text().strip()).name if pointer.is_file() else None
+
+
+def _resumed_runner(cfg: Config, checkpoint: str | Path) -> Runner:
+    content = read_checkpoint(checkpoint)
+    if lacking := [key for key in ('meta', 'message_hub', 'optimizer', 'param_schedulers') if key not in content]:
+        raise UserError(f'{checkpoint} cannot be resumed, it lacks {", ".join(lacking)}: start anew with --weights')
+    cfg.update(resume=True, load_from=str(checkpoint))
+    # Everything comes from the checkpoint: pretrained weights need not be fetched again only to be overwritten.
+    cfg.model.backbone.init_cfg = None
+    # mmengine takes the seed over only after the sampler has been built with another one.
+    cfg.randomness = {'seed': content['meta'].get('seed'), **cfg.get('randomness', {})}
+    runner = Runner.from_cfg(cfg)
+    check_fits(runner.model, content, checkpoint, ARCHS)
+    return runner

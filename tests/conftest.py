@@ -1,0 +1,70 @@
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+
+from mmseg_inceptionnext.config import load_config
+from mmseg_inceptionnext.data.mini_ade20k import make_mini_ade20k
+
+ROOT = Path(__file__).parents[1]
+TINY_CONFIG = ROOT / 'tests' / 'configs' / 'fpn_tiny.py'
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_seeded():
+    """mmengine logs every parameter of a backbone that is initialised on its own."""
+    if not MMLogger.check_instance_created('tests'):
+        MMLogger.get_instance('tests', log_level=logging.ERROR)
+    init_default_scope('mmseg')
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def mini_root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp('data') / 'mini'
+    make_mini_ade20k(root, train=4, val=2, size=96)
+    return root
+
+
+@pytest.fixture
+def tiny_cfg(tmp_path, mini_root) -> Config:
+    """A whole config that trains in seconds."""
+    return load_config(TINY_CONFIG, work_dir=tmp_path / 'work', data_root=mini_root)
+
+
+@pytest.fixture(scope='session')
+def ade20k_sample() -> Path:
+    """Two real ADE20K pairs, which may not be copied into the project."""
+    root = ROOT.parent / 'shared' / 'ade20k_sample'
+    if not root.is_dir():
+        pytest.skip('the two real ADE20K pairs are not beside this checkout')
+    return root
+
+
+@pytest.fixture
+def tool(tmp_path):
+    """Run ``tools/<name>.py`` as a user would, from another folder; returns the finished process."""
+
+    def run(name: str, *arguments) -> subprocess.CompletedProcess:
+        command = [sys.executable, ROOT / 'tools' / f'{name}.py', *map(str, arguments)]
+        environment = os.environ | {'OMP_NUM_THREADS': '1'}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+def assert_user_error(process: subprocess.CompletedProcess, *parts: str) -> None:
+    """Exit code 2 and, as the last line of stderr, one message that says all of ``parts``; no traceback."""
+    assert process.returncode == 2, process.stderr[-2000:]
+    assert 'Traceback' not in process.stderr
+    line = process.stderr.strip().splitlines()[-1]
+    assert line.startswith('error: ') or ': error: ' in line
+    for part in parts:
+        assert part in line, line

@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+import timm
+import torch
+from mmengine.runner import Runner
+from PIL import Image
+
+from mmseg_inceptionnext import PerClassIoUMetric, UserError
+from mmseg_inceptionnext.config import fit_to_device
+from mmseg_inceptionnext.evaluation import evaluate
+
+
+@pytest.fixture
+def checkpoint(tiny_cfg, tmp_path):
+    """An untrained model, saved as mmengine does."""
+    fit_to_device(tiny_cfg)
+    model = Runner.from_cfg(tiny_cfg).model
+    model.init_weights()
+    torch.save({'meta': {}, 'state_dict': model.state_dict()}, tmp_path / 'iter_0.pth')
+    return tmp_path / 'iter_0.pth'
+
+
+def test_figures_are_those_of_the_label_maps_that_are_written(tiny_cfg, checkpoint, mini_root, tmp_path):
+    """mIoU, mAcc, aAcc and every class, counted anew from the PNGs, which have the annotations' coding."""
+    figures = evaluate(tiny_cfg, checkpoint, out=tmp_path / 'out')
+    confusion = np.zeros((151, 151))
+    for path in sorted((mini_root / 'annotations' / 'validation').iterdir()):
+        truth, prediction = np.asarray(Image.open(path)), np.asarray(Image.open(tmp_path / 'out' / path.name))
+        assert prediction.shape == truth.shape and prediction.min() >= 1 and prediction.max() <= 150
+        np.add.at(confusion, (truth, prediction), 1)
+    confusion = confusion[1:, 1:]
+    hit, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    with np.errstate(invalid='ignore'):
+        iou, acc = 100 * hit / (true + predicted - hit), 100 * hit / true
+    assert figures['mIoU'] == pytest.approx(np.nanmean(iou), abs=0.006)
+    assert figures['mAcc'] == pytest.approx(np.nanmean(acc), abs=0.006)
+    assert figures['aAcc'] == pytest.approx(100 * hit.sum() / true.sum(), abs=0.006)
+    assert len(figures['per_class']) == 150
+    for i, figure in enumerate(figures['per_class'].values()):
+        for key, expected in (('IoU', iou[i]), ('Acc', acc[i])):
+            assert figure[key] is None if np.isnan(expected) else figure[key] == pytest.approx(expected, abs=0.006)
+
+
+def test_pictures_are_written(tiny_cfg, checkpoint, tmp_path):
+    evaluate(tiny_cfg, checkpoint, show_dir=tmp_path / 'pictures')
+    pictures = sorted((tmp_path / 'pictures').iterdir())
+    assert [p.name for p in pictures] == ['ADE_val_00000001.png', 'ADE_val_00000002.png']
+    assert all(Image.open(p).size[0] > 3 * 96 for p in pictures)
+
+
+def damaged(checkpoint, how: str):
+    content = torch.load(checkpoint, weights_only=True)
+    state_dict = content['state_dict']
+    if how == 'classes':
+        state_dict['decode_head.conv_seg.weight'] = torch.zeros(21, 16, 1, 1)
+    elif how == 'arch':
+        for key in [key for key in state_dict if key.startswith('backbone.')]:
+            del state_dict[key]
+        small = timm.create_model('inception_next_small').state_dict()
+        state_dict |= {f'backbone.{key}': value for key, value in small.items()}
+    elif how == 'keys':
+        del state_dict['decode_head.conv_seg.bias']
+    torch.save(content, checkpoint)
+    if how == 'truncated':
+        checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+
+
+@pytest.mark.parametrize(
+    ('how', 'message'),
+    [
+        ('classes', 'was trained for 21 classes, the config has 150'),
+        ('arch', 'this is inception_next_small'),
+        ('keys', '1 keys are missing, such as decode_head.conv_seg.bias'),
+        ('truncated', 'truncated'),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit(tiny_cfg, checkpoint, how, message):
+    damaged(checkpoint, how)
+    with pytest.raises(UserError, match=message):
+        evaluate(tiny_cfg, checkpoint)
+
+
+def test_per_class_figures_of_a_case_counted_by_hand():
+    metric = PerClassIoUMetric(iou_metrics=['mIoU'])
+    metric.dataset_meta = dict(classes=['a ', 'b', 'c', 'd'])
+    truth = torch.tensor([[0, 0, 0, 1], [1, 1, 255, 255]])
+    prediction = torch.tensor([[0, 0, 1, 1], [2, 1, 0, 3]])
+    metric.process({}, [dict(pred_sem_seg=dict(data=prediction[None]), gt_sem_seg=dict(data=truth[None]))])
+    figures = metric.evaluate(1)
+    assert metric.per_class == {
+        'a': {'IoU': 66.67, 'Acc': 66.67},
+        'b': {'IoU': 50.0, 'Acc': 66.67},
+        'c': {'IoU': 0.0, 'Acc': None},
+        'd': {'IoU': None, 'Acc': None},
+    }
+    assert figures['aAcc'] == pytest.approx(66.67)

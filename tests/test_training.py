@@ -1,0 +1,169 @@
+import pickle
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.dataset import InfiniteSampler
+from mmengine.hooks import Hook
+from mmseg.registry import HOOKS
+
+from mmseg_inceptionnext import UserError
+from mmseg_inceptionnext.config import fit_to_device
+from mmseg_inceptionnext.training.mixed_precision import use_mixed_precision
+from mmseg_inceptionnext.training.reproducible import Draw, ReproducibleInfiniteSampler, SeedAugmentation
+from mmseg_inceptionnext.training.train import train
+from mmseg_inceptionnext.weights import read_checkpoint
+
+
+def state_of(work_dir: Path, iteration: int) -> dict:
+    return read_checkpoint(work_dir / f'iter_{iteration}.pth')['state_dict']
+
+
+def assert_equal_states(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def variant(cfg, work_dir: Path, **changes):
+    cfg = deepcopy(cfg)
+    cfg.work_dir = str(work_dir)
+    cfg.merge_from_dict(changes)
+    return cfg
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny_cfg, tmp_path):
+    """Bit for bit, with random augmentation, dropout and stochastic depth, and whatever the number of workers."""
+    train(variant(tiny_cfg, tmp_path / 'whole', **{'train_dataloader.num_workers': 2}), seed=5)
+    train(variant(tiny_cfg, tmp_path / 'parts', **{'train_cfg.max_iters': 3}), seed=5)
+    resumed = variant(tiny_cfg, tmp_path / 'parts', **{'train_dataloader.num_workers': 1})
+    resumed.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='https://not.reached/again.pth')
+    train(resumed, resume=True)  # the seed comes from the checkpoint
+    assert_equal_states(state_of(tmp_path / 'parts', 6), state_of(tmp_path / 'whole', 6))
+    other = train(variant(tiny_cfg, tmp_path / 'other'), seed=6).model.state_dict()
+    assert not torch.equal(other['backbone.stem.0.weight'], state_of(tmp_path / 'whole', 6)['backbone.stem.0.weight'])
+
+
+def test_resume_of_a_named_checkpoint_and_after_a_move(tiny_cfg, tmp_path):
+    train(variant(tiny_cfg, tmp_path / 'a', **{'train_cfg.max_iters': 3}), seed=5)
+    runner = train(variant(tiny_cfg, tmp_path / 'b'), resume=str(tmp_path / 'a' / 'iter_3.pth'))
+    (tmp_path / 'a').rename(tmp_path / 'moved')
+    moved = train(variant(tiny_cfg, tmp_path / 'moved'), resume=True)
+    assert runner.iter == moved.iter == 6
+    assert_equal_states(runner.model.state_dict(), moved.model.state_dict())
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(tiny_cfg):
+    assert train(variant(tiny_cfg, Path(tiny_cfg.work_dir), **{'train_cfg.max_iters': 1}), resume=True).iter == 1
+
+
+def test_bare_weights_cannot_be_resumed(tiny_cfg, tmp_path):
+    torch.save({'state_dict': {}}, tmp_path / 'w.pth')
+    with pytest.raises(UserError, match='cannot be resumed, it lacks meta'):
+        train(tiny_cfg, resume=str(tmp_path / 'w.pth'))
+
+
+def test_a_draw_survives_the_way_to_a_worker():
+    draw = pickle.loads(pickle.dumps(Draw(7, seed=3, position=11)))
+    assert (draw, draw.seed, draw.position) == (7, 3, 11)
+    assert [10, 20, 30, 40, 50, 60, 70, 80][draw] == 80
+
+
+def test_the_order_of_samples_is_mmengines():
+    ours, reference = (iter(cls(range(5), seed=9)) for cls in (ReproducibleInfiniteSampler, InfiniteSampler))
+    drawn = [next(ours) for _ in range(12)]
+    assert drawn == [next(reference) for _ in range(12)]
+    assert [draw.position for draw in drawn] == list(range(12))
+
+
+def test_augmentation_depends_on_seed_and_position_only():
+    def random_number(sample_idx) -> float:
+        SeedAugmentation()(dict(sample_idx=sample_idx))
+        return np.random.rand()
+
+    first = random_number(Draw(7, seed=3, position=11))
+    assert random_number(Draw(2, seed=3, position=11)) == first
+    assert len({first, random_number(Draw(7, seed=3, position=12)), random_number(Draw(7, seed=4, position=11))}) == 3
+    assert random_number(7) != random_number(7)  # an index that nobody drew leaves the generator alone
+
+
+@HOOKS.register_module()
+class PoisonHook(Hook):
+    """Makes the weights of the head infinite, or the input, before one iteration."""
+
+    def __init__(self, at: int, target: str):
+        self.at, self.target = at, target
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if batch_idx == self.at and self.target == 'loss_weight':
+            runner.model.decode_head.loss_decode.loss_weight = float('nan')
+        if batch_idx == self.at and self.target == 'input':
+            data_batch['inputs'] = [x.float().fill_(float('nan')) for x in data_batch['inputs']]
+
+
+@pytest.mark.parametrize('target', ['loss_weight', 'input'])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_a_sound_checkpoint(tiny_cfg, target):
+    tiny_cfg.custom_hooks = [*tiny_cfg.custom_hooks, dict(type='PoisonHook', at=4, target=target)]
+    with pytest.raises(UserError, match=r'not finite at iteration 5 \(decode\.loss_ce=nan\); the last checkpoint is'):
+        train(tiny_cfg, seed=5)
+    work_dir = Path(tiny_cfg.work_dir)
+    # A NaN in the input has reached the running statistics, so the last checkpoint is the one before.
+    expected = 4 if target == 'loss_weight' else 3
+    assert Path((work_dir / 'last_checkpoint').read_text()).name == f'iter_{expected}.pth'
+    checkpoint = read_checkpoint(work_dir / f'iter_{expected}.pth')
+    assert checkpoint['meta']['iter'] == expected
+    assert all(torch.isfinite(value).all() for value in checkpoint['state_dict'].values())
+
+    tiny_cfg.custom_hooks = tiny_cfg.custom_hooks[:-1]
+    train(tiny_cfg, resume=True)
+    whole = variant(tiny_cfg, work_dir.parent / 'whole', resume=False, load_from=None)
+    resumed, expected = state_of(work_dir, 6), dict(train(whole, seed=5).model.state_dict())
+    if target == 'loss_weight':
+        # Saved inside an iteration, it has counted that batch in the running statistics, which training never reads.
+        for state in (resumed, expected):
+            for key in [key for key in state if 'running' in key or 'num_batches' in key]:
+                del state[key]
+    assert_equal_states(resumed, expected)
+
+
+def test_amp_trains_in_bfloat16_on_a_cpu(tiny_cfg):
+    seen = []
+    tiny_cfg.train_cfg.max_iters = 2
+    fit_to_device(tiny_cfg)
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, _, out: seen.append(out.dtype) if isinstance(module, torch.nn.Conv2d) else None
+    )
+    try:
+        runner = train(tiny_cfg, amp=True)
+    finally:
+        handle.remove()
+    training, validation = set(seen[:60]), set(seen[-60:])
+    assert training == {torch.bfloat16} and validation == {torch.float32}
+    assert all(p.dtype == torch.float32 for p in runner.model.parameters())
+
+
+def test_amp_scales_the_loss_on_a_gpu_without_bfloat16(tiny_cfg, monkeypatch):
+    monkeypatch.setattr('mmseg_inceptionnext.training.mixed_precision.get_device', lambda: 'cuda')
+    for supported in (True, False):
+        monkeypatch.setattr('torch.cuda.is_bf16_supported', lambda including_emulation, s=supported: s)
+        cfg = deepcopy(tiny_cfg)
+        use_mixed_precision(cfg)
+        expected = ['BFloat16OptimWrapper', None, None] if supported else ['AmpOptimWrapper', 'float16', 'dynamic']
+        assert [cfg.optim_wrapper.get(key) for key in ('type', 'dtype', 'loss_scale')] == expected
+
+
+def test_amp_does_not_replace_another_wrapper(tiny_cfg):
+    tiny_cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    with pytest.raises(UserError, match='the config has AmpOptimWrapper'):
+        train(tiny_cfg, amp=True)
+
+
+def test_weights_none_and_weights_replace_the_configs(tiny_cfg, tmp_path):
+    tiny_cfg.train_cfg.max_iters = 1
+    tiny_cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='/nowhere/w.pth')
+    with pytest.raises(UserError, match='/nowhere/w.pth'):
+        train(variant(tiny_cfg, tmp_path / 'a'))
+    train(variant(tiny_cfg, tmp_path / 'b'), weights='none')
+    with pytest.raises(UserError, match='/else/w.pth'):
+        train(variant(tiny_cfg, tmp_path / 'c'), weights='/else/w.pth')

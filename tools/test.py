@@ -1,0 +1,32 @@
+"""Evaluate a trained segmentor: mIoU, mAcc, aAcc and the figures of every class."""
+
+import argparse
+import json
+
+from mmengine.dist import is_main_process
+
+from mmseg_inceptionnext.command_line import add_config_options, output_file, run
+from mmseg_inceptionnext.config import load_config
+from mmseg_inceptionnext.evaluation import evaluate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint of a segmentor trained with it')
+    add_config_options(parser)
+    parser.add_argument('--out', metavar='DIR', help='write predicted label maps, coded as the annotations are')
+    parser.add_argument('--show-dir', metavar='DIR', help='write pictures of image, truth and prediction')
+    parser.add_argument('--json', metavar='FILE', type=output_file, help='write the figures')
+    args = parser.parse_args()
+
+    cfg = load_config(args.config, args.work_dir, args.data_root, args.launcher, args.cfg_options)
+    figures = evaluate(cfg, args.checkpoint, out=args.out, show_dir=args.show_dir)
+    if is_main_process():
+        if args.json:
+            args.json.write_text(json.dumps(figures, indent=2) + '\n')
+        print(', '.join(f'{key} {figures[key]}' for key in ('mIoU', 'mAcc', 'aAcc')))
+
+
+if __name__ == '__main__':
+    run(main)
