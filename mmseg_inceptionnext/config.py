@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
@@ -47,10 +48,16 @@ def load_config(path: str | Path, work_dir: str | Path | None = None, data_root:
 
 
 def fit_to_device(cfg: Config) -> None:
-    """On a CPU, turn SyncBN, which needs a GPU, into BN, and talk between processes over gloo."""
-    if get_device() == 'cpu':
-        _replace_type(cfg.model, 'SyncBN', 'BN')
-        cfg.env_cfg.dist_cfg.backend = 'gloo'
+    """On a CPU, turn SyncBN, which needs a GPU, into BN, and let the processes of a run talk over gloo.
+
+    mmengine's own start of a distributed run assumes a GPU in each process, and so does its default model wrapper.
+    """
+    if get_device() != 'cpu':
+        return
+    _replace_type(cfg.model, 'SyncBN', 'BN')
+    if cfg.get('launcher', 'none') == 'pytorch' and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+        cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
 
 
 def _set_data_root(node, data_root: str) -> None:

@@ -22,8 +22,11 @@ class PerClassIoUMetric(IoUMetric):
 
     Attributes:
         per_class (dict): After an evaluation, ``{class name: {'IoU': percent, 'Acc': percent}}``. None where a
-            class is neither in the ground truth nor predicted (IoU), or not in the ground truth (Acc).
+            class is neither in the ground truth nor predicted (IoU), or not in the ground truth (Acc). Of several
+            processes, only the first computes figures.
     """
+
+    per_class: dict = {}
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         metrics = super().compute_metrics(results)
@@ -31,14 +34,15 @@ class PerClassIoUMetric(IoUMetric):
             figures = self.total_area_to_metrics(*(sum(areas) for areas in zip(*results, strict=True)), ['mIoU'])
             names = (name.strip() for name in self.dataset_meta['classes'])
             self.per_class = {
-                name: {'IoU': _percent(iou), 'Acc': _percent(acc)}
+                name: {'IoU': _rounded(100 * iou), 'Acc': _rounded(100 * acc)}
                 for name, iou, acc in zip(names, figures['IoU'], figures['Acc'], strict=True)
             }
         return metrics
 
 
-def _percent(ratio: float) -> float | None:
-    return None if np.isnan(ratio) else round(float(ratio) * 100, 2)
+def _rounded(percent: float) -> float | None:
+    """Two decimals, as mmseg prints; None, which JSON has a word for, instead of NaN."""
+    return None if np.isnan(percent) else round(float(percent), 2)
 
 
 def evaluate(cfg: Config, checkpoint: str | Path, out: str | None = None, show_dir: str | None = None) -> dict:
@@ -70,5 +74,7 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | None = None, show_d
     runner.load_checkpoint(str(checkpoint), map_location='cpu', strict=True)
     figures = runner.test()
     metric = next(m for m in runner.test_evaluator.metrics if isinstance(m, PerClassIoUMetric))
-    headline = {key: None if np.isnan(figures[key]) else float(figures[key]) for key in ('mIoU', 'mAcc', 'aAcc')}
+    headline = {
+        key: None if np.isnan(figures[key]) else round(float(figures[key]), 2) for key in ('mIoU', 'mAcc', 'aAcc')
+    }
     return {**headline, 'per_class': metric.per_class}

@@ -1,0 +1,50 @@
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+
+import pytest
+from conftest import ROOT
+from mmseg.registry import DATA_SAMPLERS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS, TRANSFORMS
+
+import mmseg_inceptionnext
+
+
+def test_importing_registers_everything():
+    for registry, names in (
+        (MODELS, ['InceptionNeXt']),
+        (HOOKS, ['OverlayHook', 'SeedIterationHook', 'StopOnNonFiniteLossHook']),
+        (TRANSFORMS, ['CheckAnnotation', 'SeedAugmentation']),
+        (METRICS, ['PerClassIoUMetric']),
+        (DATA_SAMPLERS, ['ReproducibleInfiniteSampler']),
+        (OPTIM_WRAPPERS, ['BFloat16OptimWrapper']),
+    ):
+        for name in names:
+            assert registry.get(name).__module__.startswith('mmseg_inceptionnext.')
+
+
+def test_importing_says_nothing(tmp_path):
+    process = subprocess.run(
+        [sys.executable, '-c', 'import mmseg_inceptionnext'], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (0, '', '')
+
+
+def test_version_is_the_installed_one():
+    assert version('mmseg-inceptionnext') == mmseg_inceptionnext.__version__
+
+
+def test_wheel_holds_the_package_and_works_elsewhere(tmp_path):
+    """Built without isolation, so that nothing is downloaded; imported from the wheel itself."""
+    pytest.importorskip('setuptools', '77')
+    command = [sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '--quiet']
+    subprocess.run([*command, '--wheel-dir', tmp_path, ROOT], check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob('mmseg_inceptionnext-*-py3-none-any.whl')
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith('mmseg_inceptionnext/')}
+    source = ROOT / 'mmseg_inceptionnext'
+    assert packed == {str(path.relative_to(ROOT)) for path in source.rglob('*.py')}
+    program = 'import sys; sys.path.insert(0, sys.argv[1]); import mmseg_inceptionnext as m; print(m.__file__)'
+    process = subprocess.run(
+        [sys.executable, '-c', program, wheel], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert str(wheel) in process.stdout

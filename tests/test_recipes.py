@@ -1,0 +1,32 @@
+"""The recipes on two real ADE20K pairs, where these are beside the checkout."""
+
+import math
+
+import pytest
+from conftest import ROOT
+
+from mmseg_inceptionnext.config import load_config
+from mmseg_inceptionnext.evaluation import evaluate
+from mmseg_inceptionnext.training.train import train
+
+
+@pytest.mark.slow
+def test_upernet_t_takes_one_step(ade20k_sample, tmp_path):
+    """The paper's own config at its crop and batch size: forward, backward, optimizer, and a validation."""
+    cfg = load_config(ROOT / 'configs/upernet/inceptionnext_t.py', work_dir=tmp_path, data_root=ade20k_sample)
+    cfg.train_cfg.max_iters = 1
+    runner = train(cfg, weights='none', seed=0)
+    assert runner.iter == 1
+    loss = runner.message_hub.get_scalar('train/decode.loss_ce').current()
+    assert loss == pytest.approx(math.log(150), abs=0.7)  # of an untrained classifier
+    moments = runner.optim_wrapper.optimizer.state
+    assert [name for name, p in runner.model.named_parameters() if not moments[p]['exp_avg'].any()] == []
+    assert 0 <= runner.message_hub.get_scalar('val/mIoU').current() < 5
+
+
+@pytest.mark.slow
+def test_the_mini_config_overfits(ade20k_sample, tmp_path):
+    cfg = load_config(ROOT / 'configs/mini/fpn_inceptionnext_a.py', work_dir=tmp_path, data_root=ade20k_sample)
+    cfg.merge_from_dict({'train_cfg.max_iters': 400, 'train_cfg.val_interval': 400, 'param_scheduler.1.end': 400})
+    train(cfg, weights='none', seed=0)
+    assert evaluate(cfg, tmp_path / 'iter_400.pth')['aAcc'] > 90
