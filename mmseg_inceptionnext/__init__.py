@@ -14,6 +14,7 @@ from mmseg_inceptionnext.data.check import CheckAnnotation
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.evaluation import PerClassIoUMetric
 from mmseg_inceptionnext.models.inceptionnext import InceptionNeXt
+from mmseg_inceptionnext.models.pvt import PVT
 from mmseg_inceptionnext.report.overlay import OverlayHook
 from mmseg_inceptionnext.training.mixed_precision import BFloat16OptimWrapper
 from mmseg_inceptionnext.training.non_finite_loss import StopOnNonFiniteLossHook
@@ -26,6 +27,7 @@ from mmseg_inceptionnext.version import __version__
 
 __all__ = [
     'BFloat16OptimWrapper',
+    'PVT',
     'CheckAnnotation',
     'InceptionNeXt',
     'OverlayHook',

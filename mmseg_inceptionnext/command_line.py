@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmengine.config import DictAction
@@ -49,3 +50,28 @@ def run(main: Callable[[], None]) -> None:
         message = str(error).rsplit('UserError: ', 1)[-1].strip()
         print(f'error: {message}', file=sys.stderr)
         sys.exit(2)
+
+
+def each(configs: Sequence[str], measure: Callable) -> tuple[list, dict[str, str]]:
+    """Apply a function to every config; one that fails does not stop the others.
+
+    Returns:
+        The results, and why the others failed: ``{config: message}``, a traceback where it is a bug.
+    """
+    results, failures = [], {}
+    for config in configs:
+        try:
+            results.append(measure(config))
+        except UserError as error:
+            failures[config] = str(error)
+        except Exception:
+            failures[config] = traceback.format_exc()
+    return results, failures
+
+
+def fail(failures: dict[str, str]) -> None:
+    """Say which configs failed, if any, after everything else: a line each and exit code 2, or 1 if one is a bug."""
+    for config, message in failures.items():
+        print(f'error: {config}: {message.strip()}', file=sys.stderr)
+    if failures:
+        sys.exit(1 if any('Traceback' in message for message in failures.values()) else 2)

@@ -12,6 +12,21 @@ from mmengine.device import get_device
 from mmseg_inceptionnext.errors import UserError
 
 
+def read_config(path: str | Path) -> Config:
+    """Read a config file as it is.
+
+    Raises:
+        UserError: no such file, or one that cannot be read as a config.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'no config at {path.absolute()}: check the path')
+    try:
+        return Config.fromfile(path)
+    except (SyntaxError, NameError, KeyError, TypeError, OSError, ImportError) as error:
+        raise UserError(f'{path} cannot be read as a config: {type(error).__name__}: {error}') from error
+
+
 def load_config(path: str | Path, work_dir: str | Path | None = None, data_root: str | Path | None = None,
                 launcher: str = 'none', cfg_options: dict | None = None) -> Config:  # fmt: skip
     """Read a config, override parts of it, and make sure that its work dir can be written.
@@ -27,17 +42,11 @@ def load_config(path: str | Path, work_dir: str | Path | None = None, data_root:
     Raises:
         UserError: no such file, one that cannot be read as a config, or a work dir that cannot be written.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f'no config at {path.absolute()}: check the path')
-    try:
-        cfg = Config.fromfile(path)
-    except (SyntaxError, NameError, KeyError, TypeError, OSError, ImportError) as error:
-        raise UserError(f'{path} cannot be read as a config: {type(error).__name__}: {error}') from error
+    path, cfg = Path(path), read_config(path)
     cfg.launcher = launcher
     if data_root is not None:
         for split in ('train', 'val', 'test'):
-            _set_data_root(cfg.get(f'{split}_dataloader'), str(data_root))
+            set_data_root(cfg.get(f'{split}_dataloader'), str(data_root))
     if cfg_options:
         cfg.merge_from_dict(cfg_options)
 
@@ -60,11 +69,11 @@ def fit_to_device(cfg: Config) -> None:
         cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
 
 
-def _set_data_root(node, data_root: str) -> None:
+def set_data_root(node, data_root: str) -> None:
     for child in _children(node):
         if isinstance(child, dict) and 'data_root' in child:
             child['data_root'] = data_root
-        _set_data_root(child, data_root)
+        set_data_root(child, data_root)
 
 
 def _replace_type(node, old: str, new: str) -> None:

@@ -105,7 +105,7 @@ def test_make_mini_ade20k(tool, tmp_path):
     assert len(list((tmp_path / 'data' / 'mini').rglob('*.jpg'))) == 3
 
 
-@pytest.mark.parametrize('name', ['train', 'test', 'make_mini_ade20k'])
+@pytest.mark.parametrize('name', ['train', 'test', 'make_mini_ade20k', 'get_flops', 'benchmark'])
 def test_help_is_clean(tool, name):
     process = tool(name, '--help')
     assert process.returncode == 0 and process.stdout.startswith('usage:') and process.stderr == ''
@@ -124,3 +124,26 @@ def test_two_processes_on_cpus_train_and_test(tool, mini_root, tmp_path):
         assert process.returncode == 0, process.stderr[-3000:]
     assert tool('test', TINY_CONFIG, 'work/iter_2.pth', '--json', 'one.json', *data, *options).returncode == 0
     assert json.loads((tmp_path / 'two.json').read_text()) == json.loads((tmp_path / 'one.json').read_text())
+
+
+def test_get_flops(tool, tmp_path):
+    configs = [ROOT / 'configs' / 'fpn' / 'inceptionnext_t.py', TINY_CONFIG]
+    process = tool('get_flops', *configs, 'nowhere.py', '--paper', '--json', 'x/flops.json')
+    assert_user_error(process, 'nowhere.py: no config at')  # which does not stop the others
+    rows = json.loads((tmp_path / 'x' / 'flops.json').read_text())
+    assert [row['config'] for row in rows] == list(map(str, configs))
+    keys = {'config', 'params_m', 'params_m_without_aux', 'gmacs', 'gmacs_executed', 'shape'}
+    assert set(rows[0]) == keys and rows[0]['shape'] == [512, 512]
+    assert round(rows[0]['gmacs']) == 44 and round(rows[0]['params_m']) == 28
+    assert process.stdout.count('\n') == 4 and '43.5' in process.stdout and '44' in process.stdout
+
+
+def test_benchmark(tool, tmp_path):
+    process = tool(
+        'benchmark', TINY_CONFIG, 'nowhere.py', '--shape', 64, 64, '--repeat', 2, '--json', 'speed.json'
+    )  # fmt: skip
+    assert_user_error(process, 'nowhere.py: no config at')
+    (row,) = json.loads((tmp_path / 'speed.json').read_text())
+    assert {'config', 'fps', 'fps_min', 'fps_max', 'ratio_to_first', 'peak_memory_mb'} <= set(row)
+    assert {'device', 'threads', 'dtype', 'versions', 'layout'} <= set(row)
+    assert '| ratio to first |' in process.stdout

@@ -29,8 +29,12 @@ class BFloat16OptimWrapper(OptimWrapper):
             yield
 
 
-def use_mixed_precision(cfg: Config) -> None:
+def use_mixed_precision(cfg: Config, bfloat16: bool | None = None) -> None:
     """Train in bfloat16 where the device computes in it, else in float16 with a dynamic loss scale.
+
+    Args:
+        cfg: A config with ``optim_wrapper``.
+        bfloat16: Force one of the two.
 
     Raises:
         UserError: the config already has an optimizer wrapper of its own kind.
@@ -38,8 +42,10 @@ def use_mixed_precision(cfg: Config) -> None:
     wrapper = cfg.optim_wrapper
     if wrapper.type != 'OptimWrapper':
         raise UserError(f'--amp replaces optim_wrapper.type OptimWrapper, but the config has {wrapper.type}: drop one')
-    # Since torch 2.4 older GPUs "support" bfloat16 by emulation, which is slower than float32.
-    if get_device() != 'cuda' or torch.cuda.is_bf16_supported(including_emulation=False):
+    if bfloat16 is None:
+        # Since torch 2.4 older GPUs "support" bfloat16 by emulation, which is slower than float32.
+        bfloat16 = get_device() != 'cuda' or torch.cuda.is_bf16_supported(including_emulation=False)
+    if bfloat16:
         wrapper.type = 'BFloat16OptimWrapper'
     else:
         wrapper.update(type='AmpOptimWrapper', dtype='float16', loss_scale='dynamic')

@@ -1,0 +1,2 @@
+_base_ = './poolformer_m36.py'
+model = dict(backbone=dict(model_name='poolformer_m48'))

@@ -1,0 +1,2 @@
+_base_ = './pvt_s.py'
+model = dict(backbone=dict(arch='large'))

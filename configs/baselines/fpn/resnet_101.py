@@ -1,0 +1,2 @@
+_base_ = './resnet_50.py'
+model = dict(backbone=dict(depth=101))

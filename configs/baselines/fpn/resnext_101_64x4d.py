@@ -1,0 +1,2 @@
+_base_ = './resnext_101_32x4d.py'
+model = dict(backbone=dict(groups=64))

@@ -1,0 +1,57 @@
+"""Measurements as tables: Markdown that is readable as it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmseg_inceptionnext.measure.complexity import Complexity
+from mmseg_inceptionnext.measure.paper import paper_row
+from mmseg_inceptionnext.measure.speed import Speed
+
+
+def complexity_table(rows: Sequence[Complexity], paper: bool = False) -> str:
+    """Parameters (M) and MACs (G), split by part; with the paper's figures and the difference where it has any."""
+    header = ['config', 'shape', 'params', 'without aux', 'GMACs', 'backbone', 'neck', 'head', 'executed']
+    cells = []
+    for row in rows:
+        parts = [f'{row.gmacs_by_part[part]:.1f}' if part in row.gmacs_by_part else '–'
+                 for part in ('backbone', 'neck', 'head')]  # fmt: skip
+        executed = '=' if row.gmacs_executed == row.gmacs else f'{row.gmacs_executed:.1f}'
+        cells.append([
+            row.config, '×'.join(map(str, row.shape)), f'{row.params_m:.1f}', f'{row.params_m_without_aux:.1f}',
+            f'{row.gmacs:.1f}', *parts, executed,
+        ])  # fmt: skip
+    if paper:
+        header += ['paper: params', 'Δ', 'paper: GMACs', 'Δ']
+        for row, line in zip(rows, cells, strict=True):
+            printed = paper_row(row.config)
+            line += (
+                [f'{printed.params}', f'{row.params_m - printed.params:+.1f}',
+                 f'{printed.macs}', f'{row.gmacs - printed.macs:+.1f}'] if printed else ['–'] * 4
+            )  # fmt: skip
+    return markdown(header, cells)
+
+
+def speed_table(rows: Sequence[Speed], unit: str = 'FPS') -> str:
+    """Median, minimum and maximum, the ratio to the first config with its spread, and peak memory."""
+    header = ['config', unit, 'min', 'max', 'ratio to first', 'spread', 'peak MB', 'layout']
+    return markdown(
+        header,
+        [
+            [row.config, f'{row.fps:.2f}', f'{row.fps_min:.2f}', f'{row.fps_max:.2f}', f'{row.ratio_to_first:.2f}',
+             f'{row.ratio_min:.2f} – {row.ratio_max:.2f}', f'{row.peak_memory_mb:.0f}', row.layout]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with its columns aligned: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return '| ' + ' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + ' |'
+
+    rule = ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])]
+    return '\n'.join(map(line, (header, rule, *rows)))
