@@ -13,6 +13,7 @@ import signal
 import statistics
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 
@@ -198,6 +199,7 @@ class Contestant:
 def _serve(connection, config: str, setting: Setting, checkpoint: str | None) -> None:
     """The other end of a :class:`Contestant`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
+    warnings.simplefilter('ignore')  # as many times as there are configs
     try:
         subject = Subject(config, setting, checkpoint)
         connection.send(subject.facts)

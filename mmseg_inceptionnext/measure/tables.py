@@ -26,23 +26,39 @@ def complexity_table(rows: Sequence[Complexity], paper: bool = False) -> str:
         for row, line in zip(rows, cells, strict=True):
             printed = paper_row(row.config)
             line += (
-                [f'{printed.params}', f'{row.params_m - printed.params:+.1f}',
-                 f'{printed.macs}', f'{row.gmacs - printed.macs:+.1f}'] if printed else ['–'] * 4
+                [f'{printed.params}', _difference(row.params_m, printed.params),
+                 f'{printed.macs}', _difference(row.gmacs, printed.macs)] if printed else ['–'] * 4
             )  # fmt: skip
     return markdown(header, cells)
 
 
-def speed_table(rows: Sequence[Speed], unit: str = 'FPS') -> str:
-    """Median, minimum and maximum, the ratio to the first config with its spread, and peak memory."""
-    header = ['config', unit, 'min', 'max', 'ratio to first', 'spread', 'peak MB', 'layout']
-    return markdown(
-        header,
-        [
-            [row.config, f'{row.fps:.2f}', f'{row.fps_min:.2f}', f'{row.fps_max:.2f}', f'{row.ratio_to_first:.2f}',
-             f'{row.ratio_min:.2f} – {row.ratio_max:.2f}', f'{row.peak_memory_mb:.0f}', row.layout]
-            for row in rows
-        ],
-    )  # fmt: skip
+def speed_table(rows: Sequence[Speed]) -> str:
+    """Median, minimum and maximum, the ratio to the first config with its spread, memory, and the paper's figures.
+
+    The paper's FPS and their ratio to the first config's stand where 'fps' was measured and the paper has them.
+    """
+    train = rows[0].fps_forward_backward is not None
+    printed = [paper_row(row.config) if row.task == 'fps' else None for row in rows]
+    header = ['config', 'images/s', 'min', 'max', 'ratio', 'spread', 'peak MB', 'layout']
+    header += ['fwd+bwd'] if train else []
+    header += ['paper: FPS', 'ratio'] if any(printed) else []
+    cells = []
+    for row, paper in zip(rows, printed, strict=True):
+        line = [
+            row.config, f'{row.fps:.2f}', f'{row.fps_min:.2f}', f'{row.fps_max:.2f}', f'{row.ratio_to_first:.2f}',
+            f'{row.ratio_min:.2f} – {row.ratio_max:.2f}', f'{row.peak_memory_mb:.0f}', row.layout,
+        ]  # fmt: skip
+        if train:
+            line.append(f'{row.fps_forward_backward:.2f}')
+        if any(printed):
+            fps, first = (row.fps if row else None for row in (paper, printed[0]))
+            line += [f'{fps:.1f}' if fps else '–', f'{fps / first:.2f}' if fps and first else '–']
+        cells.append(line)
+    return markdown(header, cells)
+
+
+def _difference(measured: float, printed: float) -> str:
+    return f'{round(measured - printed, 1) + 0.0:+.1f}'  # + 0.0: no negative zero
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
