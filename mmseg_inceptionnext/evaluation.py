@@ -12,6 +12,7 @@ from mmseg.registry import METRICS
 
 from mmseg_inceptionnext.config import fit_to_device
 from mmseg_inceptionnext.data.check import check_data
+from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
 from mmseg_inceptionnext.weights import check_fits, read_checkpoint
 
@@ -45,6 +46,16 @@ def _rounded(percent: float) -> float | None:
     return None if np.isnan(percent) else round(float(percent), 2)
 
 
+def _iou_metric(cfg: Config) -> dict:
+    """The config of the IoU metric; mmseg's own, which other configs have, is replaced by ours."""
+    evaluator = cfg.get('test_evaluator') or []
+    for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
+        if metric.type in ('IoUMetric', 'PerClassIoUMetric'):
+            metric.type = 'PerClassIoUMetric'
+            return metric
+    raise UserError("test_evaluator has no IoU metric: add dict(type='PerClassIoUMetric', iou_metrics=['mIoU'])")
+
+
 def evaluate(cfg: Config, checkpoint: str | Path, out: str | None = None, show_dir: str | None = None) -> dict:
     """Run the test loop of a config.
 
@@ -64,8 +75,9 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | None = None, show_d
     check_data(cfg, 'test')
     content = read_checkpoint(checkpoint)
     fit_to_device(cfg)
+    metric_cfg = _iou_metric(cfg)
     if out is not None:
-        cfg.test_evaluator.output_dir = str(out)
+        metric_cfg.output_dir = str(out)
     if show_dir is not None:
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='OverlayHook', out_dir=str(show_dir))]
 

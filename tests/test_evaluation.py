@@ -41,6 +41,17 @@ def test_figures_are_those_of_the_label_maps_that_are_written(tiny_cfg, checkpoi
             assert figure[key] is None if np.isnan(expected) else figure[key] == pytest.approx(expected, abs=0.006)
 
 
+def test_mmsegs_own_metric_in_a_config_is_no_obstacle(tiny_cfg, checkpoint):
+    tiny_cfg.test_evaluator = [dict(type='IoUMetric', iou_metrics=['mIoU'])]
+    assert len(evaluate(tiny_cfg, checkpoint)['per_class']) == 150
+
+
+def test_a_config_without_an_iou_metric(tiny_cfg, checkpoint):
+    tiny_cfg.test_evaluator = [dict(type='CityscapesMetric', output_dir='x')]
+    with pytest.raises(UserError, match='test_evaluator has no IoU metric'):
+        evaluate(tiny_cfg, checkpoint)
+
+
 def test_pictures_are_written(tiny_cfg, checkpoint, tmp_path):
     evaluate(tiny_cfg, checkpoint, show_dir=tmp_path / 'pictures')
     pictures = sorted((tmp_path / 'pictures').iterdir())

@@ -167,3 +167,9 @@ def test_weights_none_and_weights_replace_the_configs(tiny_cfg, tmp_path):
     train(variant(tiny_cfg, tmp_path / 'b'), weights='none')
     with pytest.raises(UserError, match='/else/w.pth'):
         train(variant(tiny_cfg, tmp_path / 'c'), weights='/else/w.pth')
+
+
+def test_a_config_without_validation(tiny_cfg):
+    tiny_cfg.merge_from_dict({'train_cfg.max_iters': 1, 'default_hooks.checkpoint.save_best': None})
+    tiny_cfg.update(val_dataloader=None, val_evaluator=None, val_cfg=None)
+    assert train(tiny_cfg).iter == 1

@@ -59,13 +59,14 @@ def check_data(cfg: Config, *splits: str) -> None:
 
     Args:
         cfg: A whole config.
-        splits: Of 'train', 'val' and 'test'.
+        splits: Of 'train', 'val' and 'test'; one that the config does not have is left out.
 
     Raises:
         UserError: no data root, no image in a split, an image without its annotation, or another number of classes.
     """
     for split in splits:
-        for dataset_cfg in _leaves(cfg[f'{split}_dataloader'].dataset):
+        dataloader = cfg.get(f'{split}_dataloader')
+        for dataset_cfg in _leaves(dataloader.dataset) if dataloader else ():
             _check_dataset(dataset_cfg, cfg.model)
 
 

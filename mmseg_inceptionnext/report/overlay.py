@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import mmcv
 import numpy as np
 from mmengine.hooks import Hook
 from mmseg.registry import HOOKS
@@ -93,7 +94,7 @@ class OverlayHook(Hook):
     def after_test_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         meta = runner.test_dataloader.dataset.metainfo
         for sample in outputs:
-            image = np.asarray(Image.open(sample.img_path).convert('RGB'))
+            image = mmcv.imread(sample.img_path, channel_order='rgb')  # turned by EXIF as in the pipeline
             truth, prediction = (
                 data.data.squeeze(0).cpu().numpy() for data in (sample.gt_sem_seg, sample.pred_sem_seg)
             )
