@@ -15,6 +15,15 @@ from mmengine.config import DictAction
 from mmseg_inceptionnext.errors import UserError
 
 
+class CfgOptions(DictAction):
+    """mmengine's KEY=VALUE pairs; something else is an error of the command line, not a traceback."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if odd := [value for value in values if '=' not in value]:
+            parser.error(f'argument --cfg-options: {odd[0]!r} is not of the form KEY=VALUE')
+        super().__call__(parser, namespace, values, option_string)
+
+
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """The options that :func:`mmseg_inceptionnext.config.load_config` takes."""
     parser.add_argument('--work-dir', help='where logs and checkpoints go (work_dirs/<folder>/<name of the config>)')
@@ -26,7 +35,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         help='what started the processes of a distributed run (none)',
     )
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override parts of the config'
+        '--cfg-options', nargs='+', action=CfgOptions, metavar='KEY=VALUE', help='override parts of the config'
     )
 
 
@@ -37,8 +46,20 @@ def output_file(text: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise argparse.ArgumentTypeError(f'cannot write {path}: {error.strerror}') from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f'cannot write {path}')
+    return path
+
+
+def output_folder(text: str) -> Path:
+    """An argparse type: a folder that can be written into; made if it is missing."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f'cannot write into {path}: {error.strerror}') from error
+    if not text or not os.access(path, os.W_OK):
+        raise argparse.ArgumentTypeError(f'cannot write into {text!r}')
     return path
 
 

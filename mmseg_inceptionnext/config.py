@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,13 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from mmseg_inceptionnext.errors import UserError
+
+# What starts the processes of a distributed run, and a variable that it sets for each.
+_LAUNCHERS = {
+    'pytorch': ('torchrun', 'RANK'),
+    'slurm': ('srun', 'SLURM_PROCID'),
+    'mpi': ('mpirun', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+}
 
 
 def read_config(path: str | Path) -> Config:
@@ -23,8 +31,19 @@ def read_config(path: str | Path) -> Config:
         raise UserError(f'no config at {path.absolute()}: check the path')
     try:
         return Config.fromfile(path)
-    except (SyntaxError, NameError, KeyError, TypeError, OSError, ImportError) as error:
-        raise UserError(f'{path} cannot be read as a config: {type(error).__name__}: {error}') from error
+    except Exception as error:  # a config is a program of the user's: it can raise anything
+        reason = next(iter(str(error).strip().splitlines()), '')
+        raise UserError(f'{path} cannot be read as a config: {type(error).__name__}: {reason}') from error
+
+
+def require(cfg: Config, *keys: str) -> None:
+    """Make sure that a config has something under some keys.
+
+    Raises:
+        UserError: naming those that it lacks.
+    """
+    if lacking := [key for key in keys if not cfg.get(key)]:
+        raise UserError(f'{cfg.filename} lacks {", ".join(lacking)}: inherit from a recipe under configs')
 
 
 def load_config(path: str | Path, work_dir: str | Path | None = None, data_root: str | Path | None = None,
@@ -37,18 +56,26 @@ def load_config(path: str | Path, work_dir: str | Path | None = None, data_root:
             UperNet and Semantic FPN have configs of the same name.
         data_root: Root of the data set of every dataloader.
         launcher: 'none', or how the processes of a distributed run were started: 'pytorch', 'slurm' or 'mpi'.
-        cfg_options: Further changes, ``{'model.backbone.with_cp': True}``. They go last and win.
+        cfg_options: Further changes, ``{'model.backbone.with_cp': True}``. They go last and win, but for
+            ``work_dir``, which is set by the argument of that name.
 
     Raises:
         UserError: no such file, one that cannot be read as a config, or a work dir that cannot be written.
     """
     path, cfg = Path(path), read_config(path)
+    if launcher in _LAUNCHERS:
+        program, variable = _LAUNCHERS[launcher]
+        if variable not in os.environ:
+            raise UserError(f'--launcher {launcher} needs its processes started by {program}: {variable} is not set')
     cfg.launcher = launcher
     if data_root is not None:
         for split in ('train', 'val', 'test'):
             set_data_root(cfg.get(f'{split}_dataloader'), str(data_root))
     if cfg_options:
-        cfg.merge_from_dict(cfg_options)
+        try:
+            cfg.merge_from_dict(cfg_options)
+        except (KeyError, TypeError, IndexError, ValueError, AssertionError) as error:
+            raise UserError(f'--cfg-options do not fit the config: {error}') from error
 
     default = cfg.get('work_dir') or Path('work_dirs', path.absolute().parent.name, path.stem)
     cfg.work_dir = str(work_dir or default)

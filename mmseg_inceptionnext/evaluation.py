@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
 
-from mmseg_inceptionnext.config import fit_to_device
+from mmseg_inceptionnext.config import fit_to_device, require
 from mmseg_inceptionnext.data.check import check_data
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
@@ -22,21 +22,23 @@ class PerClassIoUMetric(IoUMetric):
     """mmseg's IoUMetric, which prints the figures of each class, and keeps them too.
 
     Attributes:
-        per_class (dict): After an evaluation, ``{class name: {'IoU': percent, 'Acc': percent}}``. None where a
-            class is neither in the ground truth nor predicted (IoU), or not in the ground truth (Acc). Of several
-            processes, only the first computes figures.
+        figures (dict): After an evaluation, what :func:`evaluate` returns. Of several processes, only the first
+            computes it.
     """
 
-    per_class: dict = {}
+    figures: dict = {}
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         metrics = super().compute_metrics(results)
         if not self.format_only:
-            figures = self.total_area_to_metrics(*(sum(areas) for areas in zip(*results, strict=True)), ['mIoU'])
+            ratios = self.total_area_to_metrics(*(sum(areas) for areas in zip(*results, strict=True)), ['mIoU'])
             names = (name.strip() for name in self.dataset_meta['classes'])
-            self.per_class = {
-                name: {'IoU': _rounded(100 * iou), 'Acc': _rounded(100 * acc)}
-                for name, iou, acc in zip(names, figures['IoU'], figures['Acc'], strict=True)
+            self.figures = {
+                **{key: _rounded(metrics[key]) for key in ('mIoU', 'mAcc', 'aAcc')},
+                'per_class': {
+                    name: {'IoU': _rounded(100 * iou), 'Acc': _rounded(100 * acc)}
+                    for name, iou, acc in zip(names, ratios['IoU'], ratios['Acc'], strict=True)
+                },
             }
         return metrics
 
@@ -44,16 +46,6 @@ class PerClassIoUMetric(IoUMetric):
 def _rounded(percent: float) -> float | None:
     """Two decimals, as mmseg prints; None, which JSON has a word for, instead of NaN."""
     return None if np.isnan(percent) else round(float(percent), 2)
-
-
-def _iou_metric(cfg: Config) -> dict:
-    """The config of the IoU metric; mmseg's own, which other configs have, is replaced by ours."""
-    evaluator = cfg.get('test_evaluator') or []
-    for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
-        if metric.type in ('IoUMetric', 'PerClassIoUMetric'):
-            metric.type = 'PerClassIoUMetric'
-            return metric
-    raise UserError("test_evaluator has no IoU metric: add dict(type='PerClassIoUMetric', iou_metrics=['mIoU'])")
 
 
 def evaluate(cfg: Config, checkpoint: str | Path, out: str | None = None, show_dir: str | None = None) -> dict:
@@ -66,12 +58,13 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | None = None, show_d
         show_dir: Folder for pictures of image, truth and prediction.
 
     Returns:
-        ``{'mIoU', 'mAcc', 'aAcc', 'per_class': {name: {'IoU', 'Acc'}}}`` in percent; None for what is not defined,
-        because no class is there.
+        ``{'mIoU', 'mAcc', 'aAcc', 'per_class': {name: {'IoU', 'Acc'}}}`` in percent; None where a class is neither in
+        the ground truth nor predicted (IoU), or not in the ground truth (Acc).
 
     Raises:
-        UserError: the data set or the checkpoint cannot be read or does not fit the config.
+        UserError: the data set, the checkpoint or the metric cannot be read or does not fit the config.
     """
+    require(cfg, 'model', 'test_dataloader', 'test_evaluator', 'test_cfg')
     check_data(cfg, 'test')
     content = read_checkpoint(checkpoint)
     fit_to_device(cfg)
@@ -84,9 +77,29 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | None = None, show_d
     runner = Runner.from_cfg(cfg)
     check_fits(runner.model, content, checkpoint, ARCHS)
     runner.load_checkpoint(str(checkpoint), map_location='cpu', strict=True)
-    figures = runner.test()
-    metric = next(m for m in runner.test_evaluator.metrics if isinstance(m, PerClassIoUMetric))
-    headline = {
-        key: None if np.isnan(figures[key]) else round(float(figures[key]), 2) for key in ('mIoU', 'mAcc', 'aAcc')
-    }
-    return {**headline, 'per_class': metric.per_class}
+    if out is not None or show_dir is not None:
+        _check_names_differ(runner.build_dataloader(cfg.test_dataloader).dataset)
+    runner.test()
+    return next(m for m in runner.test_evaluator.metrics if isinstance(m, PerClassIoUMetric)).figures
+
+
+def _iou_metric(cfg: Config) -> dict:
+    """The config of the IoU metric; mmseg's own, which other configs have, is replaced by ours."""
+    evaluator = cfg.test_evaluator
+    for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
+        if metric.type in ('IoUMetric', 'PerClassIoUMetric'):
+            if metric.get('format_only'):
+                raise UserError('test_evaluator.format_only computes no figures: drop it, --out writes the label maps')
+            metric.type = 'PerClassIoUMetric'
+            metric.iou_metrics = ['mIoU', *(name for name in metric.get('iou_metrics', []) if name != 'mIoU')]
+            return metric
+    raise UserError("test_evaluator has no IoU metric: add dict(type='PerClassIoUMetric', iou_metrics=['mIoU'])")
+
+
+def _check_names_differ(dataset) -> None:
+    """What is written for an image has the image's name; two of the same name in different folders would collide."""
+    paths: dict[str, str] = {}
+    for i in range(len(dataset)):
+        path = dataset.get_data_info(i)['img_path']
+        if (other := paths.setdefault(Path(path).stem, path)) != path:
+            raise UserError(f'{other} and {path} have the same name, and so would what is written for them: rename one')

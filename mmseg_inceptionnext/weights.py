@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -19,12 +21,16 @@ import torch
 from mmengine.dist import barrier, get_rank
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import is_model_wrapper
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmseg_inceptionnext.errors import UserError
 
 # Where training programs put the weights in a checkpoint. As in timm, an averaged model goes before the raw one.
 _CONTAINERS = ('state_dict_ema', 'state_dict', 'model')
+
+# What readers raise on damaged files.
+_DAMAGE = (RuntimeError, EOFError, KeyError, ValueError, IndexError, AssertionError, struct.error, SafetensorError)
 
 _NO_NETWORK = (
     'download it elsewhere and pass the file (init_cfg checkpoint, or --weights FILE), or train from scratch '
@@ -100,7 +106,9 @@ def read_checkpoint(path: str | Path) -> dict:
             f'{path} is refused: it wants to run {forbidden[1].rstrip(".")}, which a file of weights has no need of. '
             'Get the weights as .safetensors, or save them again as a plain state dict'
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, IndexError, safetensors.SafetensorError) as error:
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror or error}') from error
+    except _DAMAGE as error:
         raise UserError(
             f'{path} is truncated or not a checkpoint ({type(error).__name__}: {_summary(error)})'
         ) from error
@@ -113,7 +121,7 @@ def backbone_state_dict(checkpoint: dict, path: Path) -> dict[str, Tensor]:
     """The backbone's tensors of a checkpoint, without the container and the prefixes that programs put around them."""
     container = next((key for key in _CONTAINERS if isinstance(checkpoint.get(key), dict)), None)
     state_dict = checkpoint[container] if container else checkpoint
-    state_dict = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
+    state_dict = _tensors(state_dict)
     for prefix in ('module.', 'backbone.'):
         if any(key.startswith(prefix) for key in state_dict):
             state_dict = {key.removeprefix(prefix): v for key, v in state_dict.items() if key.startswith(prefix)}
@@ -134,7 +142,7 @@ def check_fits(model: nn.Module, checkpoint: dict, path: str | Path, archs: Mapp
     Raises:
         UserError: another number of classes, another architecture, or other keys.
     """
-    state_dict = checkpoint.get('state_dict', checkpoint)
+    state_dict = _tensors(checkpoint.get('state_dict', checkpoint))
     expected = (model.module if is_model_wrapper(model) else model).state_dict()
     classifier = 'decode_head.conv_seg.weight'
     if classifier in state_dict and classifier in expected:
@@ -178,12 +186,15 @@ def _locate(source: str) -> Path:
 
 
 def _download_url(url: str) -> Path:
-    path = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(url).path).name)
+    name = Path(urlparse(url).path).name
+    if not name:
+        raise UserError(f'{url} names no file')
+    path = Path(torch.hub.get_dir(), 'checkpoints', name)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=False)
-        except OSError as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise UserError(f'could not download {url} ({_summary(error)}): {_NO_NETWORK}') from error
     return path
 
@@ -202,9 +213,17 @@ def _download_timm(name: str) -> Path:
         raise UserError(f'could not download {name} from the hub ({_summary(error)}): {_NO_NETWORK}') from error
 
 
+def _tensors(state_dict) -> dict[str, Tensor]:
+    """The named tensors of what ought to be a state dict."""
+    if not isinstance(state_dict, dict):
+        return {}
+    return {key: value for key, value in state_dict.items() if isinstance(key, str) and isinstance(value, Tensor)}
+
+
 def _may_be_left_over(key: str, num_stages: int) -> bool:
+    """The classifier, stages not built, and the norms of stages not returned."""
     stage = re.match(r'stages\.(\d+)\.', key)
-    return key.startswith('head.') or (stage is not None and int(stage[1]) >= num_stages)
+    return bool(re.match(r'head\.|norm\d+\.', key)) or (stage is not None and int(stage[1]) >= num_stages)
 
 
 def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:

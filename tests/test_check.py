@@ -99,8 +99,20 @@ def test_bad_annotation_is_named(root, cfg, damage, message):
         load_all(cfg)
 
 
-@pytest.mark.parametrize('head', ['decode_head'])
-def test_another_number_of_classes(cfg, head):
-    cfg.model[head].num_classes = 21
+def test_sixteen_bits_do_not_wrap_around(root, cfg):
+    """mmseg casts annotations to 8 bits: 257 would be read as 1."""
+    labels = np.asarray(Image.open(annotation(root))).astype(np.uint16)
+    Image.fromarray(labels).save(annotation(root))
+    load_all(cfg)
+    Image.fromarray(labels + 256).save(annotation(root))
+    with pytest.raises(UserError, match=r'ADE_train_00000002\.png has label \d+: an annotation has 8 bits'):
+        load_all(cfg)
+
+
+@pytest.mark.parametrize('head', ['decode_head', 'auxiliary_head'])
+@pytest.mark.parametrize('several', [False, True])
+def test_another_number_of_classes(cfg, head, several):
+    wrong = dict(cfg.model.decode_head, num_classes=21)
+    cfg.model[head] = [cfg.model.decode_head, wrong] if several else wrong
     with pytest.raises(UserError, match=f'model.{head}.num_classes is 21, but the data set has 150'):
         check_data(cfg, 'train')

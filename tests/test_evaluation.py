@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import timm
@@ -59,6 +61,18 @@ def test_pictures_are_written(tiny_cfg, checkpoint, tmp_path):
     assert all(Image.open(p).size[0] > 3 * 96 for p in pictures)
 
 
+def test_images_of_the_same_name_would_overwrite_each_other(tiny_cfg, checkpoint, mini_root, tmp_path):
+    root = shutil.copytree(mini_root, tmp_path / 'data')
+    for kind, suffix in (('images', '.jpg'), ('annotations', '.png')):
+        folder = root / kind / 'validation'
+        (folder / 'sub').mkdir()
+        (folder / f'ADE_val_00000002{suffix}').rename(folder / 'sub' / f'ADE_val_00000001{suffix}')
+    tiny_cfg.test_dataloader.dataset.data_root = str(root)
+    assert evaluate(tiny_cfg, checkpoint)['per_class']
+    with pytest.raises(UserError, match='have the same name'):
+        evaluate(tiny_cfg, checkpoint, out=tmp_path / 'out')
+
+
 def damaged(checkpoint, how: str):
     content = torch.load(checkpoint, weights_only=True)
     state_dict = content['state_dict']
@@ -98,7 +112,7 @@ def test_per_class_figures_of_a_case_counted_by_hand():
     prediction = torch.tensor([[0, 0, 1, 1], [2, 1, 0, 3]])
     metric.process({}, [dict(pred_sem_seg=dict(data=prediction[None]), gt_sem_seg=dict(data=truth[None]))])
     figures = metric.evaluate(1)
-    assert metric.per_class == {
+    assert metric.figures['per_class'] == {
         'a': {'IoU': 66.67, 'Acc': 66.67},
         'b': {'IoU': 50.0, 'Acc': 66.67},
         'c': {'IoU': 0.0, 'Acc': None},

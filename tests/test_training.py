@@ -7,7 +7,7 @@ import pytest
 import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
-from mmseg.registry import HOOKS
+from mmseg.registry import DATASETS, HOOKS
 
 from mmseg_inceptionnext import UserError
 from mmseg_inceptionnext.config import fit_to_device
@@ -68,6 +68,16 @@ def test_a_draw_survives_the_way_to_a_worker():
     draw = pickle.loads(pickle.dumps(Draw(7, seed=3, position=11)))
     assert (draw, draw.seed, draw.position) == (7, 3, 11)
     assert [10, 20, 30, 40, 50, 60, 70, 80][draw] == 80
+
+
+@pytest.mark.parametrize('wrapper', ['RepeatDataset', 'ConcatDataset'])
+def test_a_draw_survives_the_way_through_a_wrapper(tiny_cfg, wrapper):
+    """Which turns the index into one of the data set inside."""
+    inner = dict(tiny_cfg.train_dataloader.dataset, pipeline=[])
+    cfg = dict(times=3, dataset=inner) if wrapper == 'RepeatDataset' else dict(datasets=[inner] * 3)
+    dataset = DATASETS.build(dict(type=wrapper, **cfg))
+    draw = dataset[Draw(9, seed=3, position=11)]['sample_idx']
+    assert (draw, draw.seed, draw.position) == (1, 3, 11)
 
 
 def test_the_order_of_samples_is_mmengines():
@@ -173,3 +183,25 @@ def test_a_config_without_validation(tiny_cfg):
     tiny_cfg.merge_from_dict({'train_cfg.max_iters': 1, 'default_hooks.checkpoint.save_best': None})
     tiny_cfg.update(val_dataloader=None, val_evaluator=None, val_cfg=None)
     assert train(tiny_cfg).iter == 1
+
+
+def test_fine_tuning_from_a_segmentor_is_all_or_nothing(tiny_cfg, tmp_path):
+    tiny_cfg.train_cfg.max_iters = 1
+    runner = train(variant(tiny_cfg, tmp_path / 'a'))
+    torch.save({'state_dict': runner.model.state_dict()}, tmp_path / 'whole.pth')
+    train(variant(tiny_cfg, tmp_path / 'b', load_from=str(tmp_path / 'whole.pth')))
+    torch.save({'state_dict': runner.model.backbone.state_dict()}, tmp_path / 'part.pth')
+    with pytest.raises(UserError, match='part.pth does not fit the config'):
+        train(variant(tiny_cfg, tmp_path / 'c', load_from=str(tmp_path / 'part.pth')))
+
+
+def test_seeds_that_numpy_cannot_take(tiny_cfg):
+    for seed in (-1, 2**32):
+        with pytest.raises(UserError, match='--seed'):
+            train(tiny_cfg, seed=seed)
+
+
+def test_a_config_that_is_no_recipe(tiny_cfg):
+    del tiny_cfg['train_dataloader']
+    with pytest.raises(UserError, match='lacks train_dataloader'):
+        train(tiny_cfg)

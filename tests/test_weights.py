@@ -84,6 +84,12 @@ def test_stages_that_are_not_built_may_be_left_over(released, tmp_path):
     assert_loaded(load(saved(released, tmp_path / 'w.pth'), out_indices=(0, 1)), released)
 
 
+def test_norms_of_stages_that_are_not_returned_may_be_left_over(tmp_path):
+    whole = InceptionNeXt('atto', norm_cfg=dict(type='BN'))
+    path = saved({'state_dict': prefixed(whole.state_dict(), 'backbone.')}, tmp_path / 'w.pth')
+    assert torch.equal(load(path, out_indices=(1, 3)).norm3.weight, whole.norm3.weight)
+
+
 def test_one_log_line_says_what_was_loaded(released, tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr('mmseg_inceptionnext.weights.print_log', lambda message, **_: lines.append(message))
@@ -166,6 +172,12 @@ def test_getattr_is_not_a_way_in(tmp_path):
         read_checkpoint(path)
 
 
+@pytest.mark.parametrize('content', [{1: torch.zeros(1)}, {'state_dict': 5}, [torch.zeros(1)]], ids=str)
+def test_what_is_no_state_dict(tmp_path, content):
+    with pytest.raises(UserError, match='holds'):
+        load(saved(content, tmp_path / 'w.pth'))
+
+
 @pytest.mark.parametrize(
     'content', [b'', b'not a checkpoint', pickle.dumps({'a': 1}), b'PK\x03\x04' + b'\0' * 100], ids=len
 )
@@ -192,6 +204,8 @@ def test_truncated(released, tmp_path, fraction, suffix):
         ('inception_next_gigantic', 'inception_next_tiny.sail_in1k'),
         ('http://example.org/w.pth', 'https:// only'),
         ('ftp://example.org/w.pth', 'https:// only'),
+        ('https://example.org/', 'names no file'),
+        ('https://exa mple.org/w.pth', 'could not download'),
     ],
 )
 def test_sources_that_are_not_there(source, message):

@@ -5,7 +5,7 @@ import json
 
 from mmengine.dist import is_main_process
 
-from mmseg_inceptionnext.command_line import add_config_options, output_file, run
+from mmseg_inceptionnext.command_line import add_config_options, output_file, output_folder, run
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.evaluation import evaluate
 
@@ -15,17 +15,21 @@ def main() -> None:
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint of a segmentor trained with it')
     add_config_options(parser)
-    parser.add_argument('--out', metavar='DIR', help='write predicted label maps, coded as the annotations are')
-    parser.add_argument('--show-dir', metavar='DIR', help='write pictures of image, truth and prediction')
+    parser.add_argument(
+        '--out', metavar='DIR', type=output_folder, help='write predicted label maps, coded as the annotations are'
+    )
+    parser.add_argument(
+        '--show-dir', metavar='DIR', type=output_folder, help='write pictures of image, truth and prediction'
+    )
     parser.add_argument('--json', metavar='FILE', type=output_file, help='write the figures')
     args = parser.parse_args()
 
     cfg = load_config(args.config, args.work_dir, args.data_root, args.launcher, args.cfg_options)
     figures = evaluate(cfg, args.checkpoint, out=args.out, show_dir=args.show_dir)
     if is_main_process():
+        print(', '.join(f'{key} {figures[key]}' for key in ('mIoU', 'mAcc', 'aAcc')))
         if args.json:
             args.json.write_text(json.dumps(figures, indent=2) + '\n')
-        print(', '.join(f'{key} {figures[key]}' for key in ('mIoU', 'mAcc', 'aAcc')))
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from mmseg.registry import DATASETS, TRANSFORMS
+from PIL import Image
 
 from mmseg_inceptionnext.errors import UserError
 
@@ -36,6 +37,9 @@ class CheckAnnotation(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         labels, path = results['gt_seg_map'], results['seg_map_path']
+        with Image.open(path) as stored:  # LoadAnnotations has cast it to 8 bits, whatever it was
+            if stored.mode[0] in 'IF' and stored.getextrema()[1] > 255:
+                raise UserError(f'{path} has label {stored.getextrema()[1]}: an annotation has 8 bits')
         if labels.ndim != 2:
             raise UserError(f'{path} has {labels.shape[2]} channels: an annotation has one, which holds class ids')
         if labels.shape != tuple(results['ori_shape']):
@@ -103,8 +107,9 @@ def _check_dataset(dataset_cfg: dict, model_cfg: dict) -> None:
 
     num_classes = len(dataset.metainfo['classes'])
     for name in ('decode_head', 'auxiliary_head'):
-        head = model_cfg.get(name)
-        if head is not None and head.get('num_classes') != num_classes:
-            raise UserError(
-                f'model.{name}.num_classes is {head.get("num_classes")}, but the data set has {num_classes} classes'
-            )
+        heads = model_cfg.get(name) or []
+        for head in heads if isinstance(heads, list) else [heads]:
+            if head.get('num_classes') != num_classes:
+                raise UserError(
+                    f'model.{name}.num_classes is {head.get("num_classes")}, but the data set has {num_classes} classes'
+                )

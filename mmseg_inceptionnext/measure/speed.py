@@ -169,7 +169,8 @@ class Contestant:
         theirs.close()
 
     def wait_until_ready(self) -> str:
-        """Why it cannot be measured, or an empty string."""
+        """Set it up, alone on the machine; why it cannot be measured, or an empty string."""
+        self._connection.send('set up')
         self.facts = self._receive()
         return self.failure
 
@@ -201,6 +202,7 @@ def _serve(connection, config: str, setting: Setting, checkpoint: str | None) ->
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
     warnings.simplefilter('ignore')  # as many times as there are configs
     try:
+        connection.recv()
         subject = Subject(config, setting, checkpoint)
         connection.send(subject.facts)
         while connection.recv() == 'round':

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import all_reduce, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmseg.registry import HOOKS
@@ -42,20 +42,26 @@ class StopOnNonFiniteLossHook(Hook):
             for value in (values if isinstance(values, (list, tuple)) else [values])
             if 'loss' in name and not torch.isfinite(value).all()
         }
-        if bad:
+        # Together, so that the first process saves the weights, and none is left waiting for another.
+        somewhere = torch.tensor(float(bool(bad)), device=next(model.parameters()).device)
+        all_reduce(somewhere, 'max')
+        if somewhere:
             named = ', '.join(f'{name}={value.mean().item()}' for name, value in bad.items())
             raise UserError(
-                f'the loss is not finite at iteration {runner.iter + 1} ({named}); '
+                f'the loss is not finite at iteration {runner.iter + 1} ({named or "on another process"}); '
                 f'{self._keep_checkpoint(runner, model)}. '
                 'Lower the learning rate, train without --amp, or look for a broken sample, then --resume'
             )
 
     def _keep_checkpoint(self, runner, model: nn.Module) -> str:
-        """Save the weights that led to this iteration if they are sound; say which checkpoint there is."""
-        name, pointer = f'iter_{runner.iter}.pth', Path(runner.work_dir, 'last_checkpoint')
+        """Save the weights that led to this iteration if they are sound; say which checkpoint this run has."""
+        last = runner.message_hub.get_info('last_ckpt')  # of CheckpointHook
+        path = Path(runner.work_dir, f'iter_{runner.iter}.pth')
         sound = all(torch.isfinite(value).all() for value in model.state_dict().values())
-        if sound and runner.iter > 0 and not Path(runner.work_dir, name).exists() and is_main_process():
+        if sound and runner.iter > 0 and Path(last or '').name != path.name:
             meta = dict(iter=runner.iter, epoch=runner.epoch)
-            runner.save_checkpoint(runner.work_dir, name, by_epoch=False, meta=meta)
-            pointer.write_text(str(Path(runner.work_dir, name)))
-        return f'the last checkpoint is {pointer.read_text()}' if pointer.exists() else 'there is no checkpoint yet'
+            runner.save_checkpoint(runner.work_dir, path.name, by_epoch=False, meta=meta)
+            if is_main_process():
+                Path(runner.work_dir, 'last_checkpoint').write_text(str(path))
+            last = str(path)
+        return f'the last checkpoint is {last}' if last else 'there is no checkpoint of this run yet'

@@ -30,6 +30,14 @@ class Draw(int):
         draw.seed, draw.position = seed, position
         return draw
 
+    # Wrappers such as RepeatDataset and ConcatDataset turn an index into one of the data set inside.
+
+    def __mod__(self, length: int) -> Draw:
+        return Draw(int(self) % length, self.seed, self.position)
+
+    def __sub__(self, offset: int) -> Draw:
+        return Draw(int(self) - offset, self.seed, self.position)
+
     def __getnewargs__(self) -> tuple[int, int, int]:
         return int(self), self.seed, self.position
 
@@ -67,5 +75,5 @@ class SeedIterationHook(Hook):
     """Seeds torch before each training iteration: dropout and stochastic depth, on every device."""
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        sequence = np.random.SeedSequence((runner.seed, get_rank(), batch_idx))
+        sequence = np.random.SeedSequence((runner.seed, get_rank(), runner.iter))
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-from mmseg_inceptionnext.config import fit_to_device
+from mmseg_inceptionnext.config import fit_to_device, require
 from mmseg_inceptionnext.data.check import check_data
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
@@ -40,6 +40,9 @@ def train(
     Raises:
         UserError: the data set, the weights or the checkpoint cannot be read or do not fit; or the loss is not finite.
     """
+    require(cfg, 'model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
+    if seed is not None and not 0 <= seed < 2**32:
+        raise UserError(f'--seed {seed} must be from 0 to {2**32 - 1}')
     check_data(cfg, 'train', 'val')
     fit_to_device(cfg)
     if weights is not None:
@@ -53,7 +56,7 @@ def train(
     if checkpoint is None:
         if resume:
             print_log(f'No checkpoint in {cfg.work_dir} yet: training starts from the beginning', logger='current')
-        runner = Runner.from_cfg(cfg)
+        runner = _new_runner(cfg)
     else:
         runner = _resumed_runner(cfg, checkpoint)
     runner.train()
@@ -63,13 +66,32 @@ def train(
 def _last_checkpoint(work_dir: Path) -> Path | None:
     """What ``last_checkpoint`` names, also after the work dir was moved or is given relative to another folder."""
     pointer = work_dir / 'last_checkpoint'
-    return work_dir / Path(pointer.read_text().strip()).name if pointer.is_file() else None
+    if not pointer.is_file():
+        return None
+    named = Path(pointer.read_text().strip())
+    beside = work_dir / named.name
+    return beside if beside.is_file() else named
+
+
+def _new_runner(cfg: Config) -> Runner:
+    if cfg.get('load_from') is None:
+        return Runner.from_cfg(cfg)
+    # A segmentor to fine-tune. mmengine would load what happens to match.
+    content = read_checkpoint(cfg.load_from)
+    cfg.model.backbone.init_cfg = None
+    runner = Runner.from_cfg(cfg)
+    check_fits(runner.model, content, cfg.load_from, ARCHS)
+    return runner
 
 
 def _resumed_runner(cfg: Config, checkpoint: str | Path) -> Runner:
     content = read_checkpoint(checkpoint)
     if lacking := [key for key in ('meta', 'message_hub', 'optimizer', 'param_schedulers') if key not in content]:
         raise UserError(f'{checkpoint} cannot be resumed, it lacks {", ".join(lacking)}: start anew with --weights')
+    if not isinstance(content['meta'], dict) or not {'iter', 'epoch'} <= set(content['meta']):
+        raise UserError(f'{checkpoint} cannot be resumed, it does not say at which iteration it was saved')
+    if content['meta']['iter'] >= cfg.train_cfg.get('max_iters', float('inf')):
+        print_log(f'{checkpoint} is at or past train_cfg.max_iters: nothing is left to train', logger='current')
     cfg.update(resume=True, load_from=str(checkpoint))
     # Everything comes from the checkpoint: pretrained weights need not be fetched again only to be overwritten.
     cfg.model.backbone.init_cfg = None
