@@ -170,25 +170,24 @@ class Contestant:
 
     def wait_until_ready(self) -> str:
         """Set it up, alone on the machine; why it cannot be measured, or an empty string."""
-        self._connection.send('set up')
-        self.facts = self._receive()
+        self.facts = self._ask('set up')
         return self.failure
 
     def run_round(self) -> dict:
         """Images/s by figure, and the peak memory so far; of a config that failed, nothing."""
         if self.failure:
             return {}
-        self._connection.send('round')
-        return self._receive()
+        return self._ask('round')
 
     def close(self) -> None:
         self._process.kill()
         self._process.join()
 
-    def _receive(self) -> dict:
+    def _ask(self, what: str) -> dict:
         try:
+            self._connection.send(what)
             answer = self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self._process.join()
             answer = f'its process ended with code {self._process.exitcode} (out of memory?)'
         if isinstance(answer, str):
