@@ -74,8 +74,9 @@ def test_every_task(setting):
 
 
 def test_real_images(mini_root):
-    setting = Setting(data_root=str(mini_root), repeat=65)
-    (row,), failures = measure_speed([str(TINY_CONFIG)], setting)
+    """With a config whose dataloader has workers of its own."""
+    mini = str(ROOT / 'configs/mini/fpn_inceptionnext_a.py')
+    (row,), failures = measure_speed([mini], Setting(data_root=str(mini_root), repeat=65))
     assert failures == {} and row.rounds == 65
     _, failures = measure_speed([str(TINY_CONFIG)], Setting(data_root='/nowhere'))
     assert 'no data set at /nowhere' in failures[str(TINY_CONFIG)]
@@ -89,6 +90,7 @@ def test_real_images(mini_root):
         (Setting(shape=(8, 512)), [], 'less than 32'),
         (Setting(task='train', data_root='x'), [], '--data-root goes with --task fps'),
         (Setting(precision='tf32'), [], 'tf32 needs a GPU'),
+        (Setting('train', precision='fp16'), [], 'fp16 needs a GPU'),
     ],
     ids=str,
 )

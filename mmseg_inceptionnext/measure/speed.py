@@ -325,7 +325,9 @@ class Subject:
         for split in ('train', 'val', 'test'):
             set_data_root(self.cfg.get(f'{split}_dataloader'), self.setting.data_root)
         check_data(self.cfg, 'test')
-        loader = Runner.build_dataloader(dict(self.cfg.test_dataloader, batch_size=self.batch_size))
+        # In this process: preprocessing is outside the clock, and a daemon may not have workers.
+        here = dict(batch_size=self.batch_size, num_workers=0, persistent_workers=False)
+        loader = Runner.build_dataloader(dict(self.cfg.test_dataloader, **here))
         while True:
             for data in loader:
                 batch = self.model.data_preprocessor(data, False)
@@ -377,8 +379,9 @@ def _check(setting: Setting, configs: Sequence[str], checkpoints: Sequence[str])
         raise UserError(f'--shape {setting.shape[0]} {setting.shape[1]}: no model takes less than 32 pixels a side')
     if setting.data_root is not None and setting.task != 'fps':
         raise UserError('--data-root goes with --task fps: other tasks measure synthetic input')
-    if setting.precision == 'tf32' and get_device() != 'cuda':
-        raise UserError('--precision tf32 needs a GPU: choose fp32 or bf16')
+    needs_gpu = setting.precision == 'tf32' or (setting.precision, setting.task) == ('fp16', 'train')
+    if needs_gpu and get_device() != 'cuda':
+        raise UserError(f'--precision {setting.precision} needs a GPU: choose fp32 or bf16')
 
 
 def _set_precision(precision: str) -> None:
