@@ -30,7 +30,17 @@ from mmseg_inceptionnext.errors import UserError
 _CONTAINERS = ('state_dict_ema', 'state_dict', 'model')
 
 # What readers raise on damaged files.
-_DAMAGE = (RuntimeError, EOFError, KeyError, ValueError, IndexError, AssertionError, struct.error, SafetensorError)
+_DAMAGE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    KeyError,
+    ValueError,
+    IndexError,
+    AssertionError,
+    struct.error,
+    SafetensorError,
+)
 
 _NO_NETWORK = (
     'download it elsewhere and pass the file (init_cfg checkpoint, or --weights FILE), or train from scratch '
@@ -106,8 +116,8 @@ def read_checkpoint(path: str | Path) -> dict:
             f'{path} is refused: it wants to run {forbidden[1].rstrip(".")}, which a file of weights has no need of. '
             'Get the weights as .safetensors, or save them again as a plain state dict'
         ) from error
-    except OSError as error:
-        raise UserError(f'{path} cannot be read: {error.strerror or error}') from error
+    except PermissionError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from error
     except _DAMAGE as error:
         raise UserError(
             f'{path} is truncated or not a checkpoint ({type(error).__name__}: {_summary(error)})'

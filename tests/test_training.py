@@ -202,6 +202,6 @@ def test_seeds_that_numpy_cannot_take(tiny_cfg):
 
 
 def test_a_config_that_is_no_recipe(tiny_cfg):
-    del tiny_cfg['train_dataloader']
+    tiny_cfg.pop('train_dataloader')
     with pytest.raises(UserError, match='lacks train_dataloader'):
         train(tiny_cfg)
