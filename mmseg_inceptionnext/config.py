@@ -42,7 +42,7 @@ def require(cfg: Config, *keys: str) -> None:
     Raises:
         UserError: naming those that it lacks.
     """
-    if lacking := [key for key in keys if not cfg.get(key)]:
+    if lacking := [key for key in keys if not isinstance(cfg.get(key), (dict, list))]:
         raise UserError(f'{cfg.filename} lacks {", ".join(lacking)}: inherit from a recipe under configs')
 
 

@@ -84,7 +84,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(trained, tool, mini_root, tmp_
     assert_user_error(tool('test', TINY_CONFIG, checkpoint, *data, '--out', 'file/x'), 'cannot write into file/x')
     assert_user_error(tool('test', TINY_CONFIG, checkpoint, *data, '--out', ''), 'cannot write into')
     assert_user_error(tool('train', TINY_CONFIG, *data, '--cfg-options', 'nonsense'), 'KEY=VALUE')
-    assert_user_error(tool('train', TINY_CONFIG, *data, '--cfg-options', 'model=1'), '--cfg-options do not fit')
+    assert_user_error(tool('train', TINY_CONFIG, *data, '--cfg-options', 'model=1'), 'lacks model')
     assert_user_error(tool('train', TINY_CONFIG, *data, '--launcher', 'pytorch'), 'torchrun', 'RANK is not set')
     small = ('--cfg-options', 'model.backbone.arch=atto', 'model.neck.in_channels=[40,80,160,320]')
     assert_user_error(tool('test', TINY_CONFIG, checkpoint, *data, *small), 'does not fit the config', 'shapes differ')
