@@ -69,8 +69,7 @@ def load_config(path: str | Path, work_dir: str | Path | None = None, data_root:
             raise UserError(f'--launcher {launcher} needs its processes started by {program}: {variable} is not set')
     cfg.launcher = launcher
     if data_root is not None:
-        for split in ('train', 'val', 'test'):
-            set_data_root(cfg.get(f'{split}_dataloader'), str(data_root))
+        set_data_root(cfg, data_root)
     if cfg_options:
         try:
             cfg.merge_from_dict(cfg_options)
@@ -96,11 +95,17 @@ def fit_to_device(cfg: Config) -> None:
         cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
 
 
-def set_data_root(node, data_root: str) -> None:
+def set_data_root(cfg: Config, data_root: str | Path) -> None:
+    """Set the root of the data set of every dataloader, also inside wrappers such as RepeatDataset."""
+    for split in ('train', 'val', 'test'):
+        _set_data_root(cfg.get(f'{split}_dataloader'), str(data_root))
+
+
+def _set_data_root(node, data_root: str) -> None:
     for child in _children(node):
         if isinstance(child, dict) and 'data_root' in child:
             child['data_root'] = data_root
-        set_data_root(child, data_root)
+        _set_data_root(child, data_root)
 
 
 def _replace_type(node, old: str, new: str) -> None:

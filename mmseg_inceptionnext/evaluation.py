@@ -78,7 +78,7 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | None = None, show_d
     check_fits(runner.model, content, checkpoint, ARCHS)
     runner.load_checkpoint(str(checkpoint), map_location='cpu', strict=True)
     if out is not None or show_dir is not None:
-        _check_names_differ(runner.build_dataloader(cfg.test_dataloader).dataset)
+        _check_names_differ(runner.test_dataloader.dataset)
     runner.test()
     return next(m for m in runner.test_evaluator.metrics if isinstance(m, PerClassIoUMetric)).figures
 

@@ -59,8 +59,6 @@ def measure_complexity(config: str | Path, shape: tuple[int, int] | None = None)
     """
     cfg = read_config(config)
     init_default_scope('mmseg')
-    if isinstance(cfg.model.backbone.get('init_cfg'), dict):
-        cfg.model.backbone.init_cfg = None
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
     if shape is None:
         shape = (512, 2048) if 'UPerHead' in cfg.model.decode_head.type else (512, 512)

@@ -257,8 +257,6 @@ class Subject:
 
     def _build(self, checkpoint: str | None) -> nn.Module:
         init_default_scope('mmseg')
-        if isinstance(self.cfg.model.backbone.get('init_cfg'), dict):
-            self.cfg.model.backbone.init_cfg = None
         model = revert_sync_batchnorm(MODELS.build(self.cfg.model))
         if checkpoint:
             content = read_checkpoint(checkpoint)
@@ -322,8 +320,7 @@ class Subject:
             yield inputs, [SegDataSample(metainfo=meta) for _ in range(self.batch_size)]
 
     def _real_batches(self) -> Iterator[tuple[torch.Tensor, list[SegDataSample]]]:
-        for split in ('train', 'val', 'test'):
-            set_data_root(self.cfg.get(f'{split}_dataloader'), self.setting.data_root)
+        set_data_root(self.cfg, self.setting.data_root)
         check_data(self.cfg, 'test')
         # In this process: preprocessing is outside the clock, and a daemon may not have workers.
         here = dict(batch_size=self.batch_size, num_workers=0, persistent_workers=False)
