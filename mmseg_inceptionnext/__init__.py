@@ -14,6 +14,8 @@ from mmseg_inceptionnext.data.check import CheckAnnotation
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.evaluation import PerClassIoUMetric
 from mmseg_inceptionnext.models.inceptionnext import InceptionNeXt
+from mmseg_inceptionnext.models.label_map_segmentor import LabelMapSegmentor
+from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleUPerHead
 from mmseg_inceptionnext.models.pvt import PVT
 from mmseg_inceptionnext.report.overlay import OverlayHook
 from mmseg_inceptionnext.training.mixed_precision import BFloat16OptimWrapper
@@ -30,6 +32,8 @@ __all__ = [
     'PVT',
     'CheckAnnotation',
     'InceptionNeXt',
+    'LabelMapSegmentor',
+    'LateUpsampleUPerHead',
     'OverlayHook',
     'PerClassIoUMetric',
     'ReproducibleInfiniteSampler',

@@ -105,7 +105,7 @@ def test_recipe_of_the_paper(path):
         assert cfg.param_scheduler[0] == dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500)
         assert cfg.param_scheduler[-1].power == 1.0
         head, auxiliary = cfg.model.decode_head, cfg.model.auxiliary_head
-        assert (head.type, head.channels, head.pool_scales) == ('UPerHead', 512, (1, 2, 3, 6))
+        assert (head.type, head.channels, head.pool_scales) == ('LateUpsampleUPerHead', 512, (1, 2, 3, 6))
         assert (auxiliary.type, auxiliary.channels, auxiliary.in_index) == ('FCNHead', 256, 2)
         assert auxiliary.loss_decode.loss_weight == 0.4
     else:

@@ -1,7 +1,8 @@
 """Parameters and MACs of a segmentor, as the paper's Tables 6 and 7 count them.
 
 The counter is torch's own (``torch.utils.flop_counter``): convolutions and matrix products, those of attention
-included. Norms, activations and up-samplings are not counted. Nothing is computed: the model runs on fake tensors.
+included. Norms, activations and up-samplings are not counted. Nothing is computed: the model runs on torch's meta
+device, where no convolution takes a shortcut that a device may have (Winograd's).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,8 +32,9 @@ class Complexity:
         config: The config's path.
         params_m: Parameters in millions, with the auxiliary head, as the paper prints them.
         params_m_without_aux: Without it: what inference needs.
-        gmacs: 10⁹ multiply-adds of one image in mmseg's ``tensor`` mode, in which the auxiliary head does not run.
-        gmacs_executed: Those of the graph that is executed, where it computes the same at another cost.
+        gmacs: 10⁹ multiply-adds of one image in mmseg's ``tensor`` mode, in which the auxiliary head does not run; with
+            mmseg's UPerHead in the place of :class:`LateUpsampleUPerHead`, as the paper counts.
+        gmacs_executed: Those of the config's own head, which computes the same at another cost.
         gmacs_by_part: Of ``gmacs``, the parts of 'backbone', 'neck' and 'head'.
         shape: Height and width of the image.
     """
@@ -63,15 +64,20 @@ def measure_complexity(config: str | Path, shape: tuple[int, int] | None = None)
     if shape is None:
         shape = (512, 2048) if 'UPerHead' in cfg.model.decode_head.type else (512, 512)
 
+    plain = model
+    if cfg.model.decode_head.type == 'LateUpsampleUPerHead':
+        cfg.model.decode_head.type = 'UPerHead'
+        plain = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+
     total = sum(p.numel() for p in model.parameters())
     auxiliary = sum(p.numel() for name, p in model.named_parameters() if name.startswith('auxiliary_head.'))
-    gmacs = count_gmacs(model, shape)
+    gmacs = count_gmacs(plain, shape)
     return Complexity(
         config=str(config),
         params_m=total / 1e6,
         params_m_without_aux=(total - auxiliary) / 1e6,
         gmacs=sum(gmacs.values()),
-        gmacs_executed=sum(gmacs.values()),
+        gmacs_executed=sum(count_gmacs(model, shape).values()) if plain is not model else sum(gmacs.values()),
         gmacs_by_part=gmacs,
         shape=tuple(shape),
     )
@@ -100,11 +106,10 @@ def _count_gmacs(model: nn.Module, shape: tuple[int, int]) -> dict[str, float]:
     # Fused attention has no formula in torch's counter on every device; as plain matrix products it is counted.
     with (
         torch.no_grad(),
-        FakeTensorMode(allow_non_fake_inputs=True),
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False, depth=2) as counter,
     ):
-        model(torch.empty(1, 3, *shape), mode='tensor')
+        model.to('meta')(torch.empty(1, 3, *shape, device='meta'), mode='tensor')
     by_module = counter.get_flop_counts()
     backbone, neck = (
         sum(by_module.get(f'{type(model).__name__}.{part}', {}).values()) / 2e9 for part in ('backbone', 'neck')

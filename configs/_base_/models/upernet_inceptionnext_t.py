@@ -12,7 +12,7 @@ model = dict(
     ),
     backbone=dict(type='InceptionNeXt', arch='tiny', norm_cfg=norm_cfg),
     decode_head=dict(
-        type='UPerHead',
+        type='LateUpsampleUPerHead',
         in_channels=[96, 192, 384, 768],
         in_index=[0, 1, 2, 3],
         pool_scales=(1, 2, 3, 6),

@@ -9,5 +9,6 @@ model = dict(
         pretrained=False,
         out_indices=(0, 1, 2, 3),
         drop_path_rate=0.4,
-    )
+    ),
+    decode_head=dict(type='UPerHead'),  # mmseg's own, as its users run it
 )

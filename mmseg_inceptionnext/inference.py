@@ -1,0 +1,185 @@
+"""A trained segmentor made fast: the same function in fewer and faster operations."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from mmcv.cnn import ConvModule, fuse_conv_bn
+from mmseg.models.segmentors import EncoderDecoder
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.benchmark import Timer
+
+from mmseg_inceptionnext.models.inceptionnext import InceptionNeXt, InceptionNeXtBlock
+from mmseg_inceptionnext.models.label_map_segmentor import LabelMapSegmentor
+from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleConv2d
+from mmseg_inceptionnext.models.packed import (
+    PackedLateUpsampleConv2d,
+    PackedMlp,
+    PackedPointwiseConv2d,
+    packed_conv2d_3x3,
+)
+from mmseg_inceptionnext.models.winograd import WinogradConv2d
+
+
+def optimize_for_inference(model: EncoderDecoder, example_shape: tuple[int, int] | None = None) -> EncoderDecoder:
+    """A copy of a segmentor that predicts the same, faster. The model that is given stays as it is.
+
+    - BatchNorm and LayerScale of InceptionNeXt's blocks and the norms of its stem and down-samplings go into the
+      convolutions beside them, those of neck and head into theirs. Exact: none of them is followed by a padded one.
+    - The auxiliary head is dropped. An EncoderDecoder becomes a :class:`LabelMapSegmentor`.
+    - In float32 on a CPU, weights are packed (:mod:`mmseg_inceptionnext.models.packed`), and wide 3×3 convolutions are
+      computed by Winograd's algorithm. Under ``torch.autocast`` they are not: optimise under the one that it will run
+      under.
+    - The memory layout is channels_last on a CPU. On other devices it stays as it is, or becomes the faster one for
+      ``example_shape``.
+
+    The result is for inference only: it is in eval mode, without gradients. A packed one cannot be saved or moved.
+
+    Args:
+        model: A segmentor on the device where it will run.
+        example_shape: Height and width of an image to time the two layouts with, on other devices than a CPU.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    if model.with_auxiliary_head:
+        del model.auxiliary_head
+    if type(model) is EncoderDecoder:
+        model.__class__ = LabelMapSegmentor
+    fold(model)
+    device = next(model.parameters()).device.type
+    if device == 'cpu' and not torch.is_autocast_enabled('cpu') and packing_works():
+        pack(model)
+    layout = torch.contiguous_format
+    if device == 'cpu':
+        layout = torch.channels_last
+    elif example_shape is not None:
+        layout = _faster_layout(model, example_shape)
+    model.to(memory_format=layout)
+    if layout is torch.channels_last:
+        model.backbone.register_forward_pre_hook(_to_channels_last)
+    return model
+
+
+def fold(model: EncoderDecoder) -> None:
+    """Fold norms and LayerScale into convolutions, in place. For eval mode."""
+    backbone = model.backbone
+    if isinstance(backbone, InceptionNeXt):
+        backbone.stem = fuse_conv_bn(backbone.stem)
+        for stage in backbone.stages:
+            if isinstance(stage.downsample, nn.Sequential):
+                norm, conv = stage.downsample
+                if _folds(norm):
+                    _fold_norm_into_next(norm, conv)
+                    stage.downsample = conv
+            for i, block in enumerate(stage.blocks):
+                if _folds(block.norm):
+                    stage.blocks[i] = FoldedBlock(block)
+    for part in (model.neck if model.with_neck else None, model.decode_head):
+        for module in part.modules() if part is not None else ():
+            if isinstance(module, ConvModule) and module.order == ('conv', 'norm', 'act') and _folds(module.norm):
+                fuse_conv_bn(module)
+
+
+class FoldedBlock(nn.Module):
+    """An InceptionNeXtBlock with its norm in ``fc1`` and its γ in ``fc2``. (N, C, H, W) to (N, C, H, W)."""
+
+    def __init__(self, block: InceptionNeXtBlock):
+        super().__init__()
+        self.token_mixer, self.mlp = block.token_mixer, block.mlp
+        _fold_norm_into_next(block.norm, self.mlp.fc1)
+        fc2 = self.mlp.fc2
+        fc2.weight.copy_(fc2.weight.double() * block.gamma.double()[:, None, None, None])
+        fc2.bias.copy_(fc2.bias.double() * block.gamma.double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.mlp, PackedMlp):
+            return self.mlp(self.token_mixer(x), residual=x)
+        return x + self.mlp(self.token_mixer(x))
+
+
+def _folds(norm: nn.Module | None) -> bool:
+    return isinstance(norm, _BatchNorm) and norm.running_mean is not None
+
+
+def _fold_norm_into_next(norm: _BatchNorm, conv: nn.Conv2d) -> None:
+    """Let ``conv``, without padding, do what ``norm`` in eval mode does before it."""
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.affine:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    if norm.affine:
+        shift = shift + norm.bias.double()
+    weight = conv.weight.double()
+    conv.bias.copy_(conv.bias.double() + torch.einsum('oihw,i->o', weight, shift))
+    conv.weight.copy_(weight * scale[:, None, None])
+
+
+def pack(model: EncoderDecoder) -> None:
+    """Put packed layers in the place of those that have them, in place. For float32 on a CPU, after :func:`fold`."""
+    for module in list(model.modules()):
+        if isinstance(module, FoldedBlock) and module.mlp.fc1.weight.dtype == torch.float32:
+            module.mlp = PackedMlp(module.mlp)
+        elif isinstance(module, ConvModule) and _is_unpacked(module):
+            _pack_conv_module(module)
+    if type(model.decode_head.conv_seg) is nn.Conv2d:
+        conv = model.decode_head.conv_seg
+        model.decode_head.conv_seg = PackedPointwiseConv2d(conv.weight.flatten(1), conv.bias)
+
+
+def _is_unpacked(module: ConvModule) -> bool:
+    """Whether it is a convolution, with or without an activation, that :func:`_pack_conv_module` can treat."""
+    conv = module.conv
+    return (
+        type(conv) in (nn.Conv2d, WinogradConv2d, LateUpsampleConv2d)
+        and conv.weight.dtype == torch.float32
+        and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, 'zeros')
+        and module.order == ('conv', 'norm', 'act')
+        and not module.with_explicit_padding
+    )
+
+
+def _pack_conv_module(module: ConvModule) -> None:
+    conv = module.conv
+    if isinstance(conv, LateUpsampleConv2d):
+        module.conv = PackedLateUpsampleConv2d(conv)
+    elif (conv.kernel_size, conv.padding) == ((3, 3), (1, 1)):
+        module.conv = packed_conv2d_3x3(conv.weight, conv.bias)
+    elif (conv.kernel_size, conv.padding) == ((1, 1), (0, 0)):
+        rectified = module.with_activation and type(module.activate) is nn.ReLU and not _has_norm(module)
+        module.conv = PackedPointwiseConv2d(conv.weight.flatten(1), conv.bias, 'relu' if rectified else 'none')
+        module.with_activation = module.with_activation and not rectified
+    if module.with_activation and type(module.activate) is nn.ReLU:
+        module.activate.inplace = True  # of a result that nobody else holds
+
+
+def _has_norm(module: ConvModule) -> bool:
+    return module.with_norm and not isinstance(module.norm, nn.Identity)
+
+
+def packing_works() -> bool:
+    """Whether this build of torch and this processor have the packed operators and compute what they should."""
+    conv, x = nn.Conv2d(16, 32, 1), torch.randn(1, 16, 4, 4)
+    with torch.no_grad():
+        try:
+            packed = PackedPointwiseConv2d(conv.weight.flatten(1), conv.bias, 'relu')(x)
+        except (AttributeError, NotImplementedError, RuntimeError):
+            return False
+        return torch.allclose(packed, conv(x).relu(), atol=1e-5)
+
+
+def _to_channels_last(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    return (args[0].contiguous(memory_format=torch.channels_last),)
+
+
+def _faster_layout(model: EncoderDecoder, shape: tuple[int, int]) -> torch.memory_format:
+    def seconds(layout: torch.memory_format) -> float:
+        model.to(memory_format=layout)
+        x = torch.zeros(1, model.backbone.in_channels, *shape, device=next(model.parameters()).device)
+        x = x.contiguous(memory_format=layout)
+        with torch.inference_mode():
+            timer = Timer("model(x, mode='tensor')", globals=dict(model=model, x=x))
+            timer.timeit(3)
+            return timer.timeit(10).mean
+
+    return min((torch.contiguous_format, torch.channels_last), key=seconds)
