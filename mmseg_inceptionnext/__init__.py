@@ -13,6 +13,7 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
 from mmseg_inceptionnext.data.check import CheckAnnotation
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.evaluation import PerClassIoUMetric
+from mmseg_inceptionnext.inference import optimize_for_inference
 from mmseg_inceptionnext.models.inceptionnext import InceptionNeXt
 from mmseg_inceptionnext.models.label_map_segmentor import LabelMapSegmentor
 from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleUPerHead
@@ -42,4 +43,5 @@ __all__ = [
     'StopOnNonFiniteLossHook',
     'UserError',
     '__version__',
+    'optimize_for_inference',
 ]

@@ -6,10 +6,11 @@ import copy
 
 import torch
 from mmcv.cnn import ConvModule, fuse_conv_bn
+from mmseg.models.decode_heads import FPNHead, UPerHead
+from mmseg.models.necks import FPN
 from mmseg.models.segmentors import EncoderDecoder
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.benchmark import Timer
 
 from mmseg_inceptionnext.models.inceptionnext import InceptionNeXt, InceptionNeXtBlock
 from mmseg_inceptionnext.models.label_map_segmentor import LabelMapSegmentor
@@ -29,9 +30,9 @@ def optimize_for_inference(model: EncoderDecoder, example_shape: tuple[int, int]
     - BatchNorm and LayerScale of InceptionNeXt's blocks and the norms of its stem and down-samplings go into the
       convolutions beside them, those of neck and head into theirs. Exact: none of them is followed by a padded one.
     - The auxiliary head is dropped. An EncoderDecoder becomes a :class:`LabelMapSegmentor`.
-    - In float32 on a CPU, weights are packed (:mod:`mmseg_inceptionnext.models.packed`), and wide 3×3 convolutions are
-      computed by Winograd's algorithm. Under ``torch.autocast`` they are not: optimise under the one that it will run
-      under.
+    - In float32 on a CPU, the weights of InceptionNeXt, FPN, UPerHead and FPNHead are packed
+      (:mod:`mmseg_inceptionnext.models.packed`), and their wide 3×3 convolutions are computed by Winograd's algorithm.
+      Under ``torch.autocast`` they are not: optimise under the one that the result will run under.
     - The memory layout is channels_last on a CPU. On other devices it stays as it is, or becomes the faster one for
       ``example_shape``.
 
@@ -47,7 +48,7 @@ def optimize_for_inference(model: EncoderDecoder, example_shape: tuple[int, int]
     if type(model) is EncoderDecoder:
         model.__class__ = LabelMapSegmentor
     fold(model)
-    device = next(model.parameters()).device.type
+    device = _device(model)
     if device == 'cpu' and not torch.is_autocast_enabled('cpu') and packing_works():
         pack(model)
     layout = torch.contiguous_format
@@ -73,7 +74,7 @@ def fold(model: EncoderDecoder) -> None:
                     _fold_norm_into_next(norm, conv)
                     stage.downsample = conv
             for i, block in enumerate(stage.blocks):
-                if _folds(block.norm):
+                if isinstance(block, InceptionNeXtBlock) and _folds(block.norm):
                     stage.blocks[i] = FoldedBlock(block)
     for part in (model.neck if model.with_neck else None, model.decode_head):
         for module in part.modules() if part is not None else ():
@@ -117,14 +118,24 @@ def _fold_norm_into_next(norm: _BatchNorm, conv: nn.Conv2d) -> None:
 
 def pack(model: EncoderDecoder) -> None:
     """Put packed layers in the place of those that have them, in place. For float32 on a CPU, after :func:`fold`."""
-    for module in list(model.modules()):
-        if isinstance(module, FoldedBlock) and module.mlp.fc1.weight.dtype == torch.float32:
+    for module in list(model.backbone.modules()):
+        if isinstance(module, FoldedBlock) and _is_float32(module.mlp):
             module.mlp = PackedMlp(module.mlp)
-        elif isinstance(module, ConvModule) and _is_unpacked(module):
-            _pack_conv_module(module)
-    if type(model.decode_head.conv_seg) is nn.Conv2d:
-        conv = model.decode_head.conv_seg
-        model.decode_head.conv_seg = PackedPointwiseConv2d(conv.weight.flatten(1), conv.bias)
+    head = model.decode_head
+    # Known parts: another one may read the weights of its layers, which packed ones do not have.
+    for part in (model.neck if model.with_neck else None, head):
+        if isinstance(part, (FPN, UPerHead, FPNHead)):
+            for module in list(part.modules()):
+                if isinstance(module, ConvModule) and _is_unpacked(module):
+                    _pack_conv_module(module)
+    if isinstance(head, (UPerHead, FPNHead)) and type(head.conv_seg) is nn.Conv2d and _is_float32(head):
+        head.conv_seg = PackedPointwiseConv2d(head.conv_seg.weight.flatten(1), head.conv_seg.bias)
+
+
+def _is_float32(module: nn.Module) -> bool:
+    """Of all parameters, of which a packed module has none."""
+    dtypes = {parameter.dtype for parameter in module.parameters()}
+    return dtypes == {torch.float32}
 
 
 def _is_unpacked(module: ConvModule) -> bool:
@@ -168,11 +179,17 @@ def packing_works() -> bool:
         return torch.allclose(packed, conv(x).relu(), atol=1e-5)
 
 
+def _device(model: nn.Module) -> str:
+    return next(model.parameters()).device.type
+
+
 def _to_channels_last(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     return (args[0].contiguous(memory_format=torch.channels_last),)
 
 
 def _faster_layout(model: EncoderDecoder, shape: tuple[int, int]) -> torch.memory_format:
+    from torch.utils.benchmark import Timer  # here: where there is no GPU, importing it warns of that
+
     def seconds(layout: torch.memory_format) -> float:
         model.to(memory_format=layout)
         x = torch.zeros(1, model.backbone.in_channels, *shape, device=next(model.parameters()).device)

@@ -33,9 +33,9 @@ def test_ctrl_c_keeps_the_complete_rounds():
 
 def test_ratios_are_taken_round_by_round():
     """A machine that slows down by half between the rounds changes no ratio."""
-    contestant = SimpleNamespace(config='c', facts={name: None for name in FACTS})
+    contestant = SimpleNamespace(config='c', setting=Setting(), facts={name: None for name in FACTS})
     first, second = ([{'fps': fps, 'peak_memory_mb': 1.0} for fps in column] for column in ((8, 4, 2), (4, 2, 1.5)))
-    summary = _summary(contestant, second, first, Setting())
+    summary = _summary(contestant, second, first)
     assert (summary.fps, summary.fps_min, summary.fps_max) == (2, 1.5, 4)
     assert (summary.ratio_to_first, summary.ratio_min, summary.ratio_max) == (0.5, 0.5, 0.75)
 

@@ -27,13 +27,20 @@ def main() -> None:
     parser.add_argument('--precision', choices=PRECISIONS, default='fp32', help='(fp32)')
     parser.add_argument('--compile', action='store_true', help='torch.compile')
     parser.add_argument('--layout', choices=LAYOUTS, help='of memory (nchw; backbone: best)')
+    parser.add_argument(
+        '--fast',
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help='fold and pack the models first, as tools/test.py does (off)',
+    )
     parser.add_argument('--json', metavar='FILE', type=output_file, help='write the figures')
     parser.add_argument('--plot', metavar='FILE', type=output_file, help="draw speed against the paper's mIoU")
     args = parser.parse_args()
 
     setting = Setting(
-        args.task, args.shape, args.data_root, args.batch_size, args.repeat, args.precision, args.compile, args.layout
-    )
+        args.task, args.shape, args.data_root, args.batch_size, args.repeat, args.precision, args.compile, args.layout,
+        args.fast,
+    )  # fmt: skip
     bar = Console(stderr=True)
     rows, failures = measure_speed(
         args.config,

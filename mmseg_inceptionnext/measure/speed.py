@@ -21,6 +21,7 @@ import mmseg
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
@@ -33,6 +34,7 @@ from torch import nn
 from mmseg_inceptionnext.config import read_config, set_data_root
 from mmseg_inceptionnext.data.check import check_data
 from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.inference import optimize_for_inference
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
 from mmseg_inceptionnext.training.mixed_precision import use_mixed_precision
 from mmseg_inceptionnext.weights import check_fits, read_checkpoint
@@ -61,6 +63,8 @@ class Setting:
         precision: 'fp32'; 'tf32' (GPU only); 'bf16' or 'fp16' by autocast.
         compile: Run backbone, neck and head through ``torch.compile``.
         layout: 'nchw', 'channels_last', or 'best': the faster of the two for each config.
+        fast: Measure what ``optimize_for_inference`` makes of the model, in the layout that it chooses. Of the
+            backbone, forward alone.
     """
 
     task: str = 'fps'
@@ -71,6 +75,7 @@ class Setting:
     precision: str = 'fp32'
     compile: bool = False
     layout: str | None = None
+    fast: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +103,13 @@ class Speed:
     dtype: str
     layout: str
     compiled: bool
+    fast: bool
     versions: dict[str, str]
 
 
 def measure_speed(
     configs: Sequence[str],
-    setting: Setting,
+    settings: Setting | Sequence[Setting],
     checkpoints: Sequence[str] = (),
     progress: Callable[[Iterator, int], Iterator] = lambda rounds, total: rounds,
 ) -> tuple[list[Speed], dict[str, str]]:
@@ -111,7 +117,7 @@ def measure_speed(
 
     Args:
         configs: Config files; a ratio is to the first that can be measured.
-        setting: What to measure.
+        settings: What to measure; one for all configs, or one for each, of the same task.
         checkpoints: A trained segmentor for each config, or none at all: random weights are as fast.
         progress: Wraps the iterator over single measurements, whose number it is told.
 
@@ -121,19 +127,21 @@ def measure_speed(
     Raises:
         UserError: numbers or names that no config could be measured with.
     """
-    _check(setting, configs, checkpoints)
+    settings = [settings] * len(configs) if isinstance(settings, Setting) else settings
+    for setting in settings:
+        _check(setting, configs, checkpoints)
     context = multiprocessing.get_context('spawn')
     contestants = [
         Contestant(context, config, setting, checkpoint)
-        for config, checkpoint in zip(configs, checkpoints or [None] * len(configs), strict=True)
+        for config, setting, checkpoint in zip(configs, settings, checkpoints or [None] * len(configs), strict=True)
     ]
     try:
         failures = {c.config: c.failure for c in contestants if c.wait_until_ready()}
         ready = [c for c in contestants if not c.failure]
-        rounds = interleave([c.run_round for c in ready], setting.repeat, progress)
+        rounds = interleave([c.run_round for c in ready], settings[0].repeat, progress)
         failures |= {c.config: c.failure for c in ready if c.failure}
         sound = [(c, column) for c, column in zip(ready, zip(*rounds, strict=True), strict=False) if not c.failure]
-        return [_summary(c, column, sound[0][1], setting) for c, column in sound], failures
+        return [_summary(c, column, sound[0][1]) for c, column in sound], failures
     finally:
         for contestant in contestants:
             contestant.close()
@@ -162,7 +170,7 @@ class Contestant:
     """A config in its own process."""
 
     def __init__(self, context, config: str, setting: Setting, checkpoint: str | None):
-        self.config, self.failure, self.facts = config, '', {}
+        self.config, self.setting, self.failure, self.facts = config, setting, '', {}
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, config, setting, checkpoint), daemon=True)
         self._process.start()
@@ -200,6 +208,7 @@ def _serve(connection, config: str, setting: Setting, checkpoint: str | None) ->
     """The other end of a :class:`Contestant`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
     warnings.simplefilter('ignore')  # as many times as there are configs
+    MMLogger.get_instance('benchmark', log_level='ERROR')  # or mmengine prints every parameter's learning rate
     try:
         connection.recv()
         subject = Subject(config, setting, checkpoint)
@@ -222,9 +231,12 @@ class Subject:
         _set_precision(setting.precision)
         self.batch_size, self.shape = self._sizes()
         self.model = self._build(checkpoint)
+        if setting.fast:
+            with _autocast(self.device, setting.precision)():
+                self.model = optimize_for_inference(self.model, self.shape)
         if setting.compile:
             _compile(self.model)
-        layout = setting.layout or ('best' if setting.task == 'backbone' else 'nchw')
+        layout = 'own' if setting.fast else setting.layout or ('best' if setting.task == 'backbone' else 'nchw')
         self.layout = self._faster_layout() if layout == 'best' else layout
         self._prepare(self.layout)
         self.facts = dict(
@@ -267,7 +279,8 @@ class Subject:
     def _prepare(self, layout: str) -> None:
         """Bring model and inputs into a layout and set up the steps, warmed up."""
         memory_format = torch.channels_last if layout == 'channels_last' else torch.contiguous_format
-        self.model.to(memory_format=memory_format)
+        if layout != 'own':
+            self.model.to(memory_format=memory_format)
         make_steps = dict(fps=self._fps_steps, train=self._train_steps, backbone=self._backbone_steps)
         self.steps = make_steps[self.setting.task](memory_format)
         self.repetitions = {}
@@ -364,7 +377,7 @@ class Subject:
             loss.backward()
             backbone.zero_grad(set_to_none=True)
 
-        return {'fps': forward, 'fps_forward_backward': forward_backward}
+        return {'fps': forward} if self.setting.fast else {'fps': forward, 'fps_forward_backward': forward_backward}
 
 
 def _check(setting: Setting, configs: Sequence[str], checkpoints: Sequence[str]) -> None:
@@ -376,6 +389,10 @@ def _check(setting: Setting, configs: Sequence[str], checkpoints: Sequence[str])
         raise UserError(f'--shape {setting.shape[0]} {setting.shape[1]}: no model takes less than 32 pixels a side')
     if setting.data_root is not None and setting.task != 'fps':
         raise UserError('--data-root goes with --task fps: other tasks measure synthetic input')
+    if setting.fast and setting.task == 'train':
+        raise UserError('--fast is for inference: it does not go with --task train')
+    if setting.fast and setting.layout is not None:
+        raise UserError('--fast chooses the layout: leave --layout out')
     needs_gpu = setting.precision == 'tf32' or (setting.precision, setting.task) == ('fp16', 'train')
     if needs_gpu and get_device() != 'cuda':
         raise UserError(f'--precision {setting.precision} needs a GPU: choose fp32 or bf16')
@@ -404,7 +421,8 @@ def _synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _summary(contestant: Contestant, results: Sequence[dict], first: Sequence[dict], setting: Setting) -> Speed:
+def _summary(contestant: Contestant, results: Sequence[dict], first: Sequence[dict]) -> Speed:
+    setting = contestant.setting
     fps = [result['fps'] for result in results]
     ratios = [result['fps'] / reference['fps'] for result, reference in zip(results, first, strict=True)]
     both = [result['fps_forward_backward'] for result in results if 'fps_forward_backward' in result]
@@ -422,5 +440,6 @@ def _summary(contestant: Contestant, results: Sequence[dict], first: Sequence[di
         rounds=len(fps),
         dtype=setting.precision,
         compiled=setting.compile,
+        fast=setting.fast,
         **contestant.facts,
     )

@@ -37,7 +37,7 @@ def speed_table(rows: Sequence[Speed]) -> str:
 
     The paper's FPS and their ratio to the first config's stand where 'fps' was measured and the paper has them.
     """
-    train = rows[0].fps_forward_backward is not None
+    train = any(row.fps_forward_backward is not None for row in rows)
     printed = [paper_row(row.config) if row.task == 'fps' else None for row in rows]
     header = ['config', 'images/s', 'min', 'max', 'ratio', 'spread', 'peak MB', 'layout']
     header += ['fwd+bwd'] if train else []
@@ -49,7 +49,7 @@ def speed_table(rows: Sequence[Speed]) -> str:
             f'{row.ratio_min:.2f} – {row.ratio_max:.2f}', f'{row.peak_memory_mb:.0f}', row.layout,
         ]  # fmt: skip
         if train:
-            line.append(f'{row.fps_forward_backward:.2f}')
+            line.append('–' if row.fps_forward_backward is None else f'{row.fps_forward_backward:.2f}')
         if any(printed):
             fps, first = (row.fps if row else None for row in (paper, printed[0]))
             line += [f'{fps:.1f}' if fps else '–', f'{fps / first:.2f}' if fps and first else '–']

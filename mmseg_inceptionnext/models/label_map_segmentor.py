@@ -83,6 +83,7 @@ def label_map(logits: Tensor, input_size: tuple[int, int], meta: dict, align_cor
     size = tuple(meta['ori_shape'][:2])
     flipped = {'horizontal': [-1], 'vertical': [-2]}[meta['flip_direction']] if meta.get('flip') else []
 
+    logits = logits.contiguous()
     largest = logits.new_full(size, -math.inf)
     label = torch.zeros(size, dtype=torch.int16, device=logits.device)  # a quarter of the memory traffic of int64
     for index in range(len(logits)):

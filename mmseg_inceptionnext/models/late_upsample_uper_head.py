@@ -49,7 +49,8 @@ class LateUpsampleUPerHead(UPerHead):
         maps = [lateral_conv(x) for lateral_conv, x in zip(self.lateral_convs, inputs, strict=False)]
         maps.append(self.psp_forward(inputs))
         for i in range(len(maps) - 1, 0, -1):
-            maps[i - 1] = maps[i - 1] + _up_sample(maps[i], maps[i - 1].shape[2:], self.align_corners)
+            size = maps[i - 1].shape[2:]
+            maps[i - 1] = resize(maps[i], size, mode='bilinear', align_corners=self.align_corners).add_(maps[i - 1])
         maps[:-1] = [fpn_conv(x) for fpn_conv, x in zip(self.fpn_convs, maps, strict=False)]
         return self._up_sample_and_convolve(self.fpn_bottleneck, maps)
 

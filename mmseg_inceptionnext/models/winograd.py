@@ -90,6 +90,7 @@ def transform_weight(weight: Tensor) -> Tensor:
     return (torch.kron(_G, _G) @ kernels).view(4, 4, c, o)
 
 
+@torch.compiler.disable  # a compiler would unroll the loops, for every size anew
 def convolve(x: Tensor, weight: Tensor) -> Tensor:
     """The convolution, padded by 1, with a transformed weight. Not differentiable.
 
@@ -124,7 +125,9 @@ def _weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     """Of :func:`convolve` and :func:`transform_weight`, each step transposed."""
     c, o, (height, width) = x.shape[1], grad.shape[1], grad.shape[2:]
     tiles = (-(-height // 2), -(-width // 2))
-    grad = F.pad(grad.permute(0, 2, 3, 1), (0, 0, 0, 2 * tiles[1] - width, 0, 2 * tiles[0] - height))
+    grad = grad.permute(0, 2, 3, 1)
+    if height % 2 or width % 2:
+        grad = F.pad(grad, (0, 0, 0, width % 2, 0, height % 2))
     rows = _rows_of_a_block(tiles)
     sums, products = x.new_empty(4, 2, rows, tiles[1], o), x.new_empty(4, 4, rows, tiles[1], o)
     transformed = x.new_zeros(4, 4, c, o)
@@ -147,14 +150,17 @@ def _transformed(x: Tensor, tiles: tuple[int, int]) -> Iterator[tuple[int, int, 
         Index of the image, first row of tiles, and (4, 4, rows of tiles, tiles in a row, C), to be used at once.
     """
     n, c, height, width = x.shape
-    # Channels last, and a border: the padding, and what completes the last tiles.
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 2 * tiles[1] - width + 1, 1, 2 * tiles[0] - height + 1))
+    x = x.permute(0, 2, 3, 1)
+    right = 2 * tiles[1] - width + 1  # the padding, and what completes the last tile
     rows = _rows_of_a_block(tiles)
-    half, data = x.new_empty(4, rows, x.shape[2], c), x.new_empty(4, 4, rows, tiles[1], c)
+    half, data = x.new_empty(4, rows, width + 1 + right, c), x.new_empty(4, 4, rows, tiles[1], c)
     for image in range(n):
         for y in range(0, tiles[0], rows):
             r = min(rows, tiles[0] - y)
-            _transform_input([x[image, 2 * y + i :][: 2 * r - 1 : 2] for i in range(4)], half[:, :r])
+            top, bottom = 2 * y - 1, 2 * (y + r) + 1
+            block = x[image, max(top, 0) : bottom]
+            block = F.pad(block, (0, 0, 1, right, max(-top, 0), max(bottom - height, 0)))
+            _transform_input([block[i:][: 2 * r - 1 : 2] for i in range(4)], half[:, :r])
             for i in range(4):
                 _transform_input([half[i, :r, j:][:, : 2 * tiles[1] - 1 : 2] for j in range(4)], data[i, :, :r])
             yield image, y, data[:, :, :r]
