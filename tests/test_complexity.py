@@ -92,3 +92,14 @@ def test_rows_are_found_by_the_path_of_the_config(tmp_path):
     assert paper_row('configs/baselines/fpn/pvt_l.py').macs == 80
     assert paper_row(tmp_path / 'upernet/inceptionnext_t.py') is None
     assert paper_row(ROOT / 'configs/mini/fpn_inceptionnext_a.py') is None
+
+
+def test_the_low_resolution_head_is_counted_too():
+    """Table 6's MACs by the plain head, and by hand what ours does: at 512×2048 two thirds of a layer are smaller."""
+    measured = measure_complexity(ROOT / 'configs/upernet/inceptionnext_t.py')
+    pixels, taps = 128 * 512, 9 * 512 * 512
+    up_sampled = taps * pixels * (1 / 4 + 1 / 16 + 1 / 64) - 3 * taps * pixels
+    pooled = taps * (1 + 4 + 9 + 36) - 4 * taps * pixels / 64
+    assert measured.gmacs_executed == pytest.approx(measured.gmacs + (up_sampled + pooled) / 1e9)
+    plain = measure_complexity(ROOT / 'configs/baselines/upernet/swin_t.py')
+    assert plain.gmacs_executed == plain.gmacs

@@ -1,4 +1,6 @@
+import copy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from mmseg_inceptionnext import PerClassIoUMetric, UserError
 from mmseg_inceptionnext.config import fit_to_device
 from mmseg_inceptionnext.evaluation import evaluate
+from mmseg_inceptionnext.training.train import train
 
 
 @pytest.fixture
@@ -119,3 +122,20 @@ def test_per_class_figures_of_a_case_counted_by_hand():
         'd': {'IoU': None, 'Acc': None},
     }
     assert figures['aAcc'] == pytest.approx(66.67)
+
+
+def test_the_fast_path_gives_the_same_figures_and_maps(tiny_cfg, tmp_path):
+    """On a trained model: every pixel of every label map."""
+    tiny_cfg.merge_from_dict({'train_cfg.max_iters': 39, 'train_cfg.val_interval': 39})
+    train(tiny_cfg, weights='none', seed=0)
+    checkpoint = Path(tiny_cfg.work_dir) / 'iter_39.pth'
+    figures = {
+        fast: evaluate(copy.deepcopy(tiny_cfg), checkpoint, out=tmp_path / str(fast), fast=fast)
+        for fast in (True, False)
+    }
+    assert figures[True] == figures[False]
+    maps = sorted((tmp_path / 'True').iterdir())
+    assert len(maps) == 2
+    for path in maps:
+        assert path.read_bytes() == (tmp_path / 'False' / path.name).read_bytes()
+        assert len(np.unique(np.array(Image.open(path)))) > 1

@@ -12,7 +12,7 @@ import mmseg_inceptionnext
 
 def test_importing_registers_everything():
     for registry, names in (
-        (MODELS, ['InceptionNeXt']),
+        (MODELS, ['InceptionNeXt', 'LabelMapSegmentor', 'LateUpsampleUPerHead']),
         (HOOKS, ['OverlayHook', 'SeedIterationHook', 'StopOnNonFiniteLossHook']),
         (TRANSFORMS, ['CheckAnnotation', 'SeedAugmentation']),
         (METRICS, ['PerClassIoUMetric']),

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT, TINY_CONFIG
 
 from mmseg_inceptionnext import UserError
-from mmseg_inceptionnext.measure.speed import Setting, Speed, _summary, interleave, measure_speed
+from mmseg_inceptionnext.measure.speed import Setting, Speed, Subject, _summary, interleave, measure_speed
 from mmseg_inceptionnext.measure.tables import speed_table
 from mmseg_inceptionnext.report.tradeoff import plot_tradeoff
 
@@ -62,6 +62,8 @@ def test_measures_and_survives_a_config_that_does_not_build(tmp_path):
     [
         Setting('train', shape=(64, 64), precision='bf16', repeat=1),
         Setting('backbone', shape=(64, 64), batch_size=2, repeat=1),
+        Setting(shape=(64, 96), fast=True, repeat=1),
+        pytest.param(Setting(shape=(64, 64), fast=True, compile=True, repeat=1), marks=pytest.mark.slow),
         pytest.param(Setting(shape=(64, 64), compile=True, layout='channels_last', repeat=1), marks=pytest.mark.slow),
     ],
     ids=lambda setting: setting.task,
@@ -69,7 +71,8 @@ def test_measures_and_survives_a_config_that_does_not_build(tmp_path):
 def test_every_task(setting):
     (row,), failures = measure_speed([str(TINY_CONFIG)], setting)
     assert failures == {} and row.fps > 0
-    assert row.layout == (setting.layout or row.layout) and row.layout in ('nchw', 'channels_last')
+    assert row.fast == setting.fast
+    assert row.layout == (setting.layout or row.layout) and row.layout in ('nchw', 'channels_last', 'own')
     assert (row.fps_forward_backward is not None) == (setting.task == 'backbone')
 
 
@@ -91,6 +94,8 @@ def test_real_images(mini_root):
         (Setting(task='train', data_root='x'), [], '--data-root goes with --task fps'),
         (Setting(precision='tf32'), [], 'tf32 needs a GPU'),
         (Setting('train', precision='fp16'), [], 'fp16 needs a GPU'),
+        (Setting('train', fast=True), [], '--fast is for inference'),
+        (Setting(fast=True, layout='nchw'), [], '--fast chooses the layout'),
     ],
     ids=str,
 )
@@ -116,3 +121,20 @@ def test_table_and_plot(tmp_path):
         plot_tradeoff([speed('mine.py', 1.0)], tmp_path / 'plot.png')
     with pytest.raises(UserError, match='plot.xyz'):
         plot_tradeoff(rows, tmp_path / 'plot.xyz')
+
+
+def test_a_training_step_has_the_shape_that_is_asked_for(monkeypatch):
+    """Not the config's crop, to which mmseg pads its batches."""
+    subject = Subject(str(TINY_CONFIG), Setting('train', shape=(64, 96), batch_size=1), None)
+    seen = []
+    forward = subject.model.backbone.forward
+    monkeypatch.setattr(subject.model.backbone, 'forward', lambda x: seen.append(x.shape) or forward(x))
+    subject.steps['fps']()
+    assert seen == [(1, 3, 64, 96)]
+
+
+def test_one_setting_for_each_config():
+    """As benchmarks/fast_path.py compares a model with what optimize_for_inference makes of it."""
+    settings = [Setting(shape=(64, 64), repeat=1), Setting(shape=(64, 64), repeat=1, fast=True)]
+    rows, failures = measure_speed([str(TINY_CONFIG)] * 2, settings)
+    assert failures == {} and [row.fast for row in rows] == [False, True]

@@ -152,3 +152,9 @@ def test_benchmark(tool, tmp_path):
     assert {'config', 'fps', 'fps_min', 'fps_max', 'ratio_to_first', 'peak_memory_mb'} <= set(row)
     assert {'device', 'threads', 'dtype', 'versions', 'layout'} <= set(row)
     assert '| config ' in process.stdout and ' images/s |' in process.stdout
+
+
+def test_the_script_of_the_speed_tables(tool):
+    process = tool('../benchmarks/fast_path', 'tail', '--repeat', 1)
+    assert process.returncode == 0 and 'LabelMapSegmentor' in process.stdout, process.stderr
+    assert_user_error(tool('../benchmarks/fast_path', 'nonsense'), "no table 'nonsense'")

@@ -269,6 +269,8 @@ class Subject:
 
     def _build(self, checkpoint: str | None) -> nn.Module:
         init_default_scope('mmseg')
+        if self.cfg.model.get('data_preprocessor', {}).get('size'):
+            self.cfg.model.data_preprocessor.size = self.shape  # or training would pad to the config's crop
         model = revert_sync_batchnorm(MODELS.build(self.cfg.model))
         if checkpoint:
             content = read_checkpoint(checkpoint)

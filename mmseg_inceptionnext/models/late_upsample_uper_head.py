@@ -197,7 +197,9 @@ class _AddUpSampled(torch.autograd.Function):
         return grad, None, *grads
 
 
-_ROWS, _COLUMNS = 8, 32  # of a block: 512 float32 channels of 8 rows of 256 columns, 3 taps each, are 12 MB
+# Rows and columns of a block. On a CPU 8 rows of 64 columns of 512 float32 channels, 3 taps each, are 3 MB, which the
+# cache holds; a GPU wants few large products.
+_CPU_BLOCK, _BLOCK = (8, 32), (64, 128)
 
 
 def _blocks(out: Tensor, rows: list[Tensor], align_corners: bool) -> Iterator[tuple]:
@@ -211,20 +213,21 @@ def _blocks(out: Tensor, rows: list[Tensor], align_corners: bool) -> Iterator[tu
     """
     o, height, width = out.shape[1:]
     h, w = rows[0].shape[2:]
+    block_rows, block_columns = _CPU_BLOCK if out.device.type == 'cpu' else _BLOCK
     r, c = _shifted_interpolations(rows[0], out, align_corners)
     c = c.permute(1, 2, 0).flatten(1)
     columns = [
-        (slice(x, x + _COLUMNS), slice(3 * low, 3 * high), c[x : x + _COLUMNS, 3 * low : 3 * high])
-        for x in range(0, width, _COLUMNS)
-        for low, high in [_band(x, x + _COLUMNS, w, width, align_corners)]
+        (slice(x, x + block_columns), slice(3 * low, 3 * high), c[x : x + block_columns, 3 * low : 3 * high])
+        for x in range(0, width, block_columns)
+        for low, high in [_band(x, x + block_columns, w, width, align_corners)]
     ]
-    between = out.new_empty(min(_ROWS, height), 3 * w, o)
+    between = out.new_empty(min(block_rows, height), 3 * w, o)
     for n in range(len(out)):
-        for y in range(0, height, _ROWS):
-            low, high = _band(y, y + _ROWS, h, height, align_corners)
+        for y in range(0, height, block_rows):
+            low, high = _band(y, y + block_rows, h, height, align_corners)
             taps = [row[n].permute(1, 2, 0)[low:high].flatten(1) for row in rows]
-            block = out[n, :, y : y + _ROWS].permute(1, 2, 0)
-            yield r[:, y : y + _ROWS, low:high], columns, between[: len(block)], taps, block
+            block = out[n, :, y : y + block_rows].permute(1, 2, 0)
+            yield r[:, y : y + block_rows, low:high], columns, between[: len(block)], taps, block
 
 
 def _shifted_interpolations(small: Tensor, large: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
