@@ -30,6 +30,7 @@ class PackedPointwiseConv2d(nn.Module):
         self.bias = bias if bias is None else bias.detach().clone()
         self.activation = activation
 
+    @torch.compiler.disable  # its compiler wants to pack the weight by itself
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         n, _, height, width = x.shape
         rows = _rows(x)
