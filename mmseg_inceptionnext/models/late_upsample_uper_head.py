@@ -22,7 +22,8 @@ class LateUpsampleUPerHead(UPerHead):
     Arguments, state dict, results and gradients are UPerHead's, up to the rounding of sums in another order. Two thirds
     of the multiply-adds of a UperNet are ``fpn_bottleneck``, a 3×3 convolution over four maps of which three are
     up-sampled; the pooled maps of the PSP ``bottleneck`` are treated alike. With InceptionNeXt-T at 512×2048, 933 GMACs
-    become 510. If ``conv_cfg`` asks for anything else than plain convolutions, the head is UPerHead.
+    become 510. Its other 3×3 convolutions are those of :mod:`mmseg_inceptionnext.models.winograd`. If ``conv_cfg`` asks
+    for anything else than plain convolutions, the head is UPerHead.
     """
 
     def __init__(self, pool_scales: tuple[int, ...] = (1, 2, 3, 6), **kwargs):
