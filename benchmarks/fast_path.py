@@ -158,7 +158,7 @@ def timed(step: Callable) -> Callable[[], dict]:
 
 
 TABLES = {
-    'machine': lambda repeat: machine(repeat),
+    'machine': machine,
     'upernet': lambda repeat: whole_model('UperNet', (512, 512), repeat),
     'upernet-wide': lambda repeat: whole_model('UperNet', (512, 2048), repeat),
     'fpn': lambda repeat: whole_model('FPN', (512, 512), repeat),

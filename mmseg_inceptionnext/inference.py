@@ -76,8 +76,8 @@ def fold(model: EncoderDecoder) -> None:
             for i, block in enumerate(stage.blocks):
                 if isinstance(block, InceptionNeXtBlock) and _folds(block.norm):
                     stage.blocks[i] = FoldedBlock(block)
-    for part in (model.neck if model.with_neck else None, model.decode_head):
-        for module in part.modules() if part is not None else ():
+    for part in _neck_and_head(model):
+        for module in part.modules():
             if isinstance(module, ConvModule) and module.order == ('conv', 'norm', 'act') and _folds(module.norm):
                 fuse_conv_bn(module)
 
@@ -123,13 +123,17 @@ def pack(model: EncoderDecoder) -> None:
             module.mlp = PackedMlp(module.mlp)
     head = model.decode_head
     # Known parts: another one may read the weights of its layers, which packed ones do not have.
-    for part in (model.neck if model.with_neck else None, head):
+    for part in _neck_and_head(model):
         if isinstance(part, (FPN, UPerHead, FPNHead)):
             for module in list(part.modules()):
                 if isinstance(module, ConvModule) and _is_unpacked(module):
                     _pack_conv_module(module)
     if isinstance(head, (UPerHead, FPNHead)) and type(head.conv_seg) is nn.Conv2d and _is_float32(head):
         head.conv_seg = PackedPointwiseConv2d(head.conv_seg.weight.flatten(1), head.conv_seg.bias)
+
+
+def _neck_and_head(model: EncoderDecoder) -> list[nn.Module]:
+    return [model.neck, model.decode_head] if model.with_neck else [model.decode_head]
 
 
 def _is_float32(module: nn.Module) -> bool:

@@ -68,3 +68,7 @@ def assert_user_error(process: subprocess.CompletedProcess, *parts: str) -> None
     assert line.startswith('error: ') or ': error: ' in line
     for part in parts:
         assert part in line, line
+
+
+def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((ours - reference).abs().max() / reference.abs().max()).item()

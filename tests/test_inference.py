@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import ROOT, TINY_CONFIG
+from conftest import ROOT, TINY_CONFIG, relative_error
 from mmengine.config import Config
 from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
@@ -34,10 +34,6 @@ def build(path, **options) -> EncoderDecoder:
             elif name.endswith(('bias', 'running_mean')):
                 tensor.normal_(0, 0.1)
     return model
-
-
-def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((ours - reference).abs().max() / reference.abs().max()).item()
 
 
 @pytest.fixture(params=[True, False], ids=['packed', 'folded'])

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import relative_error
 from mmseg.models.decode_heads import UPerHead
 from torch import nn
 
@@ -38,10 +39,6 @@ def pair(channels: int = 16, **kwargs) -> tuple[UPerHead, LateUpsampleUPerHead]:
 
 def features(sizes, n: int = 2, dtype=torch.double) -> list[torch.Tensor]:
     return [torch.randn(n, c, *size, dtype=dtype) for c, size in zip(IN_CHANNELS, sizes, strict=True)]
-
-
-def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((ours - reference).abs().max() / reference.abs().max()).item()
 
 
 @pytest.mark.parametrize('align_corners', [False, True])

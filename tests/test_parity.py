@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from conftest import relative_error
 
 from mmseg_inceptionnext import InceptionNeXt
 
@@ -25,10 +26,6 @@ def pair(arch: str, **kwargs) -> tuple[InceptionNeXt, torch.nn.Module]:
     state_dict = {key: value for key, value in reference.state_dict().items() if not key.startswith('head.')}
     ours.load_state_dict(state_dict, strict=True)
     return ours, reference
-
-
-def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((ours - reference).abs().max() / reference.abs().max()).item()
 
 
 @pytest.mark.parametrize('size', [(64, 64), (97, 131)], ids=str)

@@ -64,20 +64,19 @@ def measure_complexity(config: str | Path, shape: tuple[int, int] | None = None)
     if shape is None:
         shape = (512, 2048) if 'UPerHead' in cfg.model.decode_head.type else (512, 512)
 
-    plain = model
-    if cfg.model.decode_head.type == 'LateUpsampleUPerHead':
-        cfg.model.decode_head.type = 'UPerHead'
-        plain = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
-
     total = sum(p.numel() for p in model.parameters())
     auxiliary = sum(p.numel() for name, p in model.named_parameters() if name.startswith('auxiliary_head.'))
-    gmacs = count_gmacs(plain, shape)
+    gmacs = executed = count_gmacs(model, shape)
+    if cfg.model.decode_head.type == 'LateUpsampleUPerHead':
+        plain_head = MODELS.build(dict(cfg.model.decode_head, type='UPerHead'))
+        model.decode_head = revert_sync_batchnorm(plain_head).eval()
+        gmacs = count_gmacs(model, shape)
     return Complexity(
         config=str(config),
         params_m=total / 1e6,
         params_m_without_aux=(total - auxiliary) / 1e6,
         gmacs=sum(gmacs.values()),
-        gmacs_executed=sum(count_gmacs(model, shape).values()) if plain is not model else sum(gmacs.values()),
+        gmacs_executed=sum(executed.values()),
         gmacs_by_part=gmacs,
         shape=tuple(shape),
     )
