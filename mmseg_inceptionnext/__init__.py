@@ -18,7 +18,9 @@ from mmseg_inceptionnext.models.inceptionnext import InceptionNeXt
 from mmseg_inceptionnext.models.label_map_segmentor import LabelMapSegmentor
 from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleUPerHead
 from mmseg_inceptionnext.models.pvt import PVT
+from mmseg_inceptionnext.report.confusion import ConfusionMetric
 from mmseg_inceptionnext.report.overlay import OverlayHook
+from mmseg_inceptionnext.segmentor import Segmentation, Segmentor
 from mmseg_inceptionnext.training.mixed_precision import BFloat16OptimWrapper
 from mmseg_inceptionnext.training.non_finite_loss import StopOnNonFiniteLossHook
 from mmseg_inceptionnext.training.reproducible import (
@@ -32,6 +34,7 @@ __all__ = [
     'BFloat16OptimWrapper',
     'PVT',
     'CheckAnnotation',
+    'ConfusionMetric',
     'InceptionNeXt',
     'LabelMapSegmentor',
     'LateUpsampleUPerHead',
@@ -40,6 +43,8 @@ __all__ = [
     'ReproducibleInfiniteSampler',
     'SeedAugmentation',
     'SeedIterationHook',
+    'Segmentation',
+    'Segmentor',
     'StopOnNonFiniteLossHook',
     'UserError',
     '__version__',

@@ -63,12 +63,22 @@ def output_folder(text: str) -> Path:
     return path
 
 
+def positive_int(text: str) -> int:
+    """An argparse type: 1, 2, …"""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a positive whole number')
+    return int(text)
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a tool's main function; a user's mistake ends in one line on stderr and exit code 2."""
     # The recipes average the loss as mmseg always did, over ignored pixels too, and mmseg advises against it each time.
     warnings.filterwarnings('ignore', message='Default ``avg_non_ignore`` is False')
     try:
         main()
+    except KeyboardInterrupt:
+        print('stopped', file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         # A data-loading worker hands its error over wrapped in a traceback; the message is what comes last.
         message = str(error).rsplit('UserError: ', 1)[-1].strip()

@@ -23,17 +23,48 @@ _LAUNCHERS = {
 def read_config(path: str | Path) -> Config:
     """Read a config file as it is.
 
+    Args:
+        path: A file, or the name of a config that the package ships, such as 'upernet/inceptionnext_t'.
+
     Raises:
         UserError: no such file, or one that cannot be read as a config.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f'no config at {path.absolute()}: check the path')
+    path = find_config(path)
     try:
         return Config.fromfile(path)
     except Exception as error:  # a config is a program of the user's: it can raise anything
         reason = next(iter(str(error).strip().splitlines()), '')
         raise UserError(f'{path} cannot be read as a config: {type(error).__name__}: {reason}') from error
+
+
+def find_config(path: str | Path) -> Path:
+    """The file of a config that is given by its path, or by the end of the path of a shipped one.
+
+    Raises:
+        UserError: there is none, or several shipped ones have that name.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    wanted = path.with_suffix('').parts
+    root = _shipped_configs()
+    shipped = sorted(p for p in root.rglob('*.py') if '_base_' not in p.parts)
+    found = [p for p in shipped if p.relative_to(root).with_suffix('').parts[-len(wanted) :] == wanted]
+    if len(found) == 1 and not path.is_absolute():
+        return found[0]
+    if found and not path.is_absolute():
+        names = ', '.join(str(p.relative_to(root).with_suffix('')) for p in found)
+        raise UserError(f'{path} is the name of several configs: say which of {names}')
+    raise UserError(
+        f'no config at {path.absolute()}: check the path, or name a shipped one, such as upernet/inceptionnext_t'
+    )
+
+
+def _shipped_configs() -> Path:
+    """In a wheel the configs are inside the package; in a checkout beside it."""
+    package = Path(__file__).parent
+    inside = package / '.mim' / 'configs'
+    return inside if inside.is_dir() else package.parent / 'configs'
 
 
 def require(cfg: Config, *keys: str) -> None:
@@ -62,7 +93,8 @@ def load_config(path: str | Path, work_dir: str | Path | None = None, data_root:
     Raises:
         UserError: no such file, one that cannot be read as a config, or a work dir that cannot be written.
     """
-    path, cfg = Path(path), read_config(path)
+    cfg = read_config(path)
+    path = Path(cfg.filename)
     if launcher in _LAUNCHERS:
         program, variable = _LAUNCHERS[launcher]
         if variable not in os.environ:

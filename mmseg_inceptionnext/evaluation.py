@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from mmengine.config import Config
+from mmengine.dist import is_main_process
+from mmengine.evaluator import BaseMetric
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmseg.evaluation import IoUMetric
 from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import METRICS
+from torch import nn
 
 from mmseg_inceptionnext.config import fit_to_device, require
 from mmseg_inceptionnext.data.check import check_data
+from mmseg_inceptionnext.data.pipeline import has_truth, leave_truth_out, use_multi_scale
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.inference import optimize_for_inference
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
+from mmseg_inceptionnext.models.multi_scale_segmentor import MultiScaleSegmentor
+from mmseg_inceptionnext.report.confusion import ConfusionMetric
+from mmseg_inceptionnext.report.page import write_report
 from mmseg_inceptionnext.weights import check_fits, read_checkpoint
 
 
@@ -51,8 +59,9 @@ def _rounded(percent: float) -> float | None:
     return None if np.isnan(percent) else round(float(percent), 2)
 
 
-def evaluate(cfg: Config, checkpoint: str | Path, out: str | None = None, show_dir: str | None = None,
-             fast: bool = True) -> dict:  # fmt: skip
+def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None, show_dir: str | Path | None = None,
+             fast: bool = True, tta: bool = False, report: str | Path | None = None,
+             report_images: int = 5, need_figures: bool = True) -> dict | None:  # fmt: skip
     """Run the test loop of a config.
 
     Args:
@@ -61,53 +70,88 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | None = None, show_d
         out: Folder for predicted label maps, as PNGs in the coding of the data set's annotations.
         show_dir: Folder for pictures of image, truth and prediction.
         fast: Evaluate what :func:`~mmseg_inceptionnext.inference.optimize_for_inference` makes of the model.
+        tta: Multi-scale test with mirror images, see :func:`~mmseg_inceptionnext.data.pipeline.use_multi_scale`.
+        report: Folder for a page of figures and pictures, see :mod:`mmseg_inceptionnext.report.page`.
+        report_images: How many of the worst, median and best images the page shows.
+        need_figures: Where there is no ground truth, stop at once. Else predict all the same, for ``out`` or
+            ``show_dir``. A config says that there is none by ``test_evaluator.format_only`` or by naming no
+            ``seg_map_path``, a data set by not having the folder that is named.
 
     Returns:
         ``{'mIoU', 'mAcc', 'aAcc', 'per_class': {name: {'IoU', 'Acc'}}}`` in percent; None where a class is neither in
-        the ground truth nor predicted (IoU), or not in the ground truth (Acc).
+        the ground truth nor predicted (IoU), or not in the ground truth (Acc). None instead of it all where there is no
+        ground truth.
 
     Raises:
         UserError: the data set, the checkpoint or the metric cannot be read or does not fit the config.
     """
     require(cfg, 'model', 'test_dataloader', 'test_evaluator', 'test_cfg')
+    metric_cfg = _iou_metric(cfg)
+    with_truth = has_truth(cfg.test_dataloader.dataset) and not metric_cfg.get('format_only')
+    if not with_truth:
+        if need_figures:
+            check_data(cfg, 'test')  # which says what is missing, if the config names it
+            raise UserError('the test data have no annotations, so there are no figures: ask for --out or --show-dir')
+        leave_truth_out(cfg.test_dataloader.dataset)
+        metric_cfg.format_only = True
+    if tta:
+        use_multi_scale(cfg.test_dataloader.dataset)
     check_data(cfg, 'test')
     content = read_checkpoint(checkpoint)
     fit_to_device(cfg)
-    metric_cfg = _iou_metric(cfg)
     if out is not None:
         metric_cfg.output_dir = str(out)
+    elif not with_truth:
+        cfg.test_evaluator = []  # pictures alone
+    if report is not None:
+        cfg.test_evaluator = [*_listed(cfg.test_evaluator), dict(type='ConfusionMetric')]
     if show_dir is not None:
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='OverlayHook', out_dir=str(show_dir))]
 
     runner = Runner.from_cfg(cfg)
     check_fits(runner.model, content, checkpoint, ARCHS)
     runner.load_checkpoint(str(checkpoint), map_location='cpu', strict=True)
+    segmentor = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    if not isinstance(segmentor, EncoderDecoder):  # mmseg has others, whose parts have other names
+        if tta:
+            raise UserError(f'--tta is for an EncoderDecoder, and the model is a {type(segmentor).__name__}: drop it')
+        fast = False
     if fast:
-        _make_fast(runner)
+        _replace_model(runner, optimize_for_inference)
+    if tta:
+        _replace_model(runner, MultiScaleSegmentor)
     if out is not None or show_dir is not None:
         _check_names_differ(runner.test_dataloader.dataset)
     runner.test()
-    return next(m for m in runner.test_evaluator.metrics if isinstance(m, PerClassIoUMetric)).figures
+    if not with_truth:
+        return None
+    figures = _metric(runner, PerClassIoUMetric).figures
+    if report is not None and is_main_process():
+        images = _metric(runner, ConfusionMetric).images
+        write_report(report, figures, images, runner.test_dataloader.dataset.metainfo, cfg, checkpoint, report_images)
+    return figures
 
 
-def _make_fast(runner: Runner) -> None:
-    distributed = is_model_wrapper(runner.model)
-    model = runner.model.module if distributed else runner.model
-    if not isinstance(model, EncoderDecoder):
-        return  # mmseg has others, whose parts have other names
-    if distributed:
-        runner.model.module = optimize_for_inference(model)
+def _metric(runner: Runner, kind: type) -> BaseMetric:
+    return next(metric for metric in runner.test_evaluator.metrics if isinstance(metric, kind))
+
+
+def _listed(evaluator: dict | list) -> list:
+    return evaluator if isinstance(evaluator, list) else [evaluator]
+
+
+def _replace_model(runner: Runner, make: Callable[[EncoderDecoder], nn.Module]) -> None:
+    """Put what ``make`` makes of the segmentor in its place, inside the wrapper of a distributed run."""
+    if is_model_wrapper(runner.model):
+        runner.model.module = make(runner.model.module)
     else:
-        runner.model = optimize_for_inference(model)
+        runner.model = make(runner.model)
 
 
 def _iou_metric(cfg: Config) -> dict:
     """The config of the IoU metric; mmseg's own, which other configs have, is replaced by ours."""
-    evaluator = cfg.test_evaluator
-    for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
+    for metric in _listed(cfg.test_evaluator):
         if metric.type in ('IoUMetric', 'PerClassIoUMetric'):
-            if metric.get('format_only'):
-                raise UserError('test_evaluator.format_only computes no figures: drop it, --out writes the label maps')
             metric.type = 'PerClassIoUMetric'
             metric.iou_metrics = ['mIoU', *(name for name in metric.get('iou_metrics', []) if name != 'mIoU')]
             return metric

@@ -5,7 +5,7 @@ import json
 
 from mmengine.dist import is_main_process
 
-from mmseg_inceptionnext.command_line import add_config_options, output_file, output_folder, run
+from mmseg_inceptionnext.command_line import add_config_options, output_file, output_folder, positive_int, run
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.evaluation import evaluate
 
@@ -28,14 +28,32 @@ def main() -> None:
         default=True,
         help='fold and pack the model first, for the same predictions in less time (on)',
     )
+    parser.add_argument(
+        '--tta', action='store_true', help='multi-scale: six sizes of the test scale and their mirror images'
+    )
+    parser.add_argument('--report', metavar='DIR', type=output_folder, help='write index.html and report.json')
+    parser.add_argument(
+        '--report-images', metavar='N', type=positive_int, default=5,
+        help='how many of the worst, median and best images the report shows (5)',
+    )  # fmt: skip
     args = parser.parse_args()
 
     cfg = load_config(args.config, args.work_dir, args.data_root, args.launcher, args.cfg_options)
-    figures = evaluate(cfg, args.checkpoint, out=args.out, show_dir=args.show_dir, fast=args.fast)
-    if is_main_process():
-        print(', '.join(f'{key} {figures[key]}' for key in ('mIoU', 'mAcc', 'aAcc')))
-        if args.json:
-            args.json.write_text(json.dumps(figures, indent=2) + '\n')
+    pictures = [str(folder) for folder in (args.out, args.show_dir) if folder]
+    figures = evaluate(
+        cfg, args.checkpoint, out=args.out, show_dir=args.show_dir, fast=args.fast, tta=args.tta, report=args.report,
+        report_images=args.report_images, need_figures=bool(args.json or args.report or not pictures),
+    )  # fmt: skip
+    if not is_main_process():
+        return
+    if figures is None:
+        print(f'The test data have no annotations, so there are no figures. Predictions are in {", ".join(pictures)}')
+        return
+    print(', '.join(f'{key} {figures[key]}' for key in ('mIoU', 'mAcc', 'aAcc')))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + '\n')
+    if args.report:
+        print(f'Report: {args.report / "index.html"}')
 
 
 if __name__ == '__main__':

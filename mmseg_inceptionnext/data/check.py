@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmseg.registry import DATASETS, TRANSFORMS
 from PIL import Image
 
+from mmseg_inceptionnext.data.pipeline import leaves
 from mmseg_inceptionnext.errors import UserError
 
 _HOW_TO_GET = (
@@ -70,16 +71,8 @@ def check_data(cfg: Config, *splits: str) -> None:
     """
     for split in splits:
         dataloader = cfg.get(f'{split}_dataloader')
-        for dataset_cfg in _leaves(dataloader.dataset) if dataloader else ():
+        for dataset_cfg in leaves(dataloader.dataset) if dataloader else ():
             _check_dataset(dataset_cfg, cfg.model)
-
-
-def _leaves(dataset_cfg: dict) -> list[dict]:
-    """The data sets inside wrappers such as RepeatDataset and ConcatDataset."""
-    inner = dataset_cfg.get('dataset', dataset_cfg.get('datasets'))
-    if inner is None:
-        return [dataset_cfg]
-    return [leaf for child in (inner if isinstance(inner, list) else [inner]) for leaf in _leaves(child)]
 
 
 def _check_dataset(dataset_cfg: dict, model_cfg: dict) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from mmseg_inceptionnext.measure.complexity import Complexity
 from mmseg_inceptionnext.measure.paper import paper_row
 from mmseg_inceptionnext.measure.speed import Speed
+from mmseg_inceptionnext.report.markdown import markdown_table
 
 
 def complexity_table(rows: Sequence[Complexity], paper: bool = False) -> str:
@@ -29,7 +30,7 @@ def complexity_table(rows: Sequence[Complexity], paper: bool = False) -> str:
                 [f'{printed.params}', _difference(row.params_m, printed.params),
                  f'{printed.macs}', _difference(row.gmacs, printed.macs)] if printed else ['–'] * 4
             )  # fmt: skip
-    return markdown(header, cells)
+    return markdown_table(header, cells)
 
 
 def speed_table(rows: Sequence[Speed]) -> str:
@@ -54,20 +55,8 @@ def speed_table(rows: Sequence[Speed]) -> str:
             fps, first = (row.fps if row else None for row in (paper, printed[0]))
             line += [f'{fps:.1f}' if fps else '–', f'{fps / first:.2f}' if fps and first else '–']
         cells.append(line)
-    return markdown(header, cells)
+    return markdown_table(header, cells)
 
 
 def _difference(measured: float, printed: float) -> str:
     return f'{round(measured - printed, 1) + 0.0:+.1f}'  # + 0.0: no negative zero
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with its columns aligned: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return '| ' + ' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + ' |'
-
-    rule = ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])]
-    return '\n'.join(map(line, (header, rule, *rows)))

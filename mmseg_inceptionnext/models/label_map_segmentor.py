@@ -38,32 +38,37 @@ class LabelMapSegmentor(EncoderDecoder):
         Returns:
             A sample of each image, with ``pred_sem_seg`` (1, height, width), int64.
         """
-        if not self._takes_classes_apart():
+        if self.test_cfg.get('return_logits') or not predicts_by_argmax(self):
             return super().predict(inputs, data_samples)
 
         logits = self.decode_head.forward(self.extract_feat(inputs))
         if data_samples is None:
             meta = dict(ori_shape=inputs.shape[2:], img_shape=inputs.shape[2:])
             data_samples = [SegDataSample(metainfo=meta) for _ in inputs]
-        # mmseg's rule of the first up-sampling: all images of a batch to the size that the first one's says.
-        first = data_samples[0].metainfo
-        size = first['img_shape']
-        if not isinstance(size, torch.Size):
-            size = first.get('pad_shape', size)
+        size = network_size(data_samples[0].metainfo)
         for image_logits, sample in zip(logits, data_samples, strict=True):
-            label = label_map(image_logits, tuple(size[:2]), sample.metainfo, self.align_corners)
+            label = label_map(image_logits, size, sample.metainfo, self.align_corners)
             sample.set_data({'pred_sem_seg': PixelData(data=label)})
         return data_samples
 
-    def _takes_classes_apart(self) -> bool:
-        head = type(self.decode_head)
-        return (
-            not self.test_cfg.get('return_logits')
-            and self.test_cfg.get('mode', 'whole') == 'whole'
-            and self.out_channels > 1
-            and head.predict is BaseDecodeHead.predict
-            and head.predict_by_feat is BaseDecodeHead.predict_by_feat
-        )
+
+def predicts_by_argmax(model: EncoderDecoder) -> bool:
+    """Whether a segmentor's prediction is the argmax of its head's up-sampled logits, and nothing else."""
+    head = type(model.decode_head)
+    return (
+        model.test_cfg.get('mode', 'whole') == 'whole'
+        and model.out_channels > 1
+        and head.predict is BaseDecodeHead.predict
+        and head.predict_by_feat is BaseDecodeHead.predict_by_feat
+    )
+
+
+def network_size(meta: dict) -> tuple[int, int]:
+    """What mmseg's heads up-sample all logits of a batch to: the size that its first sample's ``meta`` says."""
+    size = meta['img_shape']
+    if not isinstance(size, torch.Size):
+        size = meta.get('pad_shape', size)
+    return tuple(size[:2])
 
 
 def label_map(logits: Tensor, input_size: tuple[int, int], meta: dict, align_corners: bool) -> Tensor:
@@ -79,20 +84,32 @@ def label_map(logits: Tensor, input_size: tuple[int, int], meta: dict, align_cor
     Returns:
         (1, height, width), int64.
     """
-    left, right, top, bottom = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
-    size = tuple(meta['ori_shape'][:2])
-    flipped = {'horizontal': [-1], 'vertical': [-2]}[meta['flip_direction']] if meta.get('flip') else []
-
     logits = logits.contiguous()
+    size = tuple(meta['ori_shape'][:2])
     largest = logits.new_full(size, -math.inf)
     label = torch.zeros(size, dtype=torch.int16, device=logits.device)  # a quarter of the memory traffic of int64
     for index in range(len(logits)):
-        logit = _resize(logits[None, index, None], input_size, align_corners)
-        logit = logit[..., top : input_size[0] - bottom, left : input_size[1] - right]
-        logit = _resize(logit.flip(flipped) if flipped else logit, size, align_corners)[0, 0]
+        logit = at_original_size(logits[index : index + 1], input_size, meta, align_corners)[0]
         label.masked_fill_(logit > largest, index)
         torch.maximum(logit, largest, out=largest)
     return label[None].long()
+
+
+def at_original_size(logits: Tensor, input_size: tuple[int, int], meta: dict, align_corners: bool) -> Tensor:
+    """Logits of some classes for every pixel of the original image: mmseg's two up-samplings, padding and flip undone.
+
+    Args:
+        logits: (C, h, w), of a head.
+        input_size, meta, align_corners: As :func:`label_map` takes them.
+
+    Returns:
+        (C, height, width).
+    """
+    left, right, top, bottom = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
+    flipped = {'horizontal': [-1], 'vertical': [-2]}[meta['flip_direction']] if meta.get('flip') else []
+    x = _resize(logits[None], input_size, align_corners)
+    x = x[..., top : input_size[0] - bottom, left : input_size[1] - right]
+    return _resize(x.flip(flipped) if flipped else x, tuple(meta['ori_shape'][:2]), align_corners)[0]
 
 
 def _resize(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:

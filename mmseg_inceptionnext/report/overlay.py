@@ -9,6 +9,7 @@ import mmcv
 import numpy as np
 from mmengine.hooks import Hook
 from mmseg.registry import HOOKS
+from mmseg.structures import SegDataSample
 from PIL import Image, ImageDraw, ImageFont
 
 _INK, _PAPER, _GAP = (32, 32, 32), (255, 255, 255), 8
@@ -33,50 +34,92 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequen
     return np.where(known[..., None], blended, image).round().astype(np.uint8)
 
 
-def draw_comparison(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, classes: Sequence[str],
+def draw_comparison(image: np.ndarray, truth: np.ndarray | None, prediction: np.ndarray, classes: Sequence[str],
                     palette: Sequence[Sequence[int]]) -> Image.Image:  # fmt: skip
     """Image, truth and prediction side by side, over a legend of the classes that either of the two has.
 
     Args:
         image: (H, W, 3) uint8, RGB.
-        truth, prediction: (H, W) integers, indices into ``classes``; 255 is unlabelled.
+        truth, prediction: (H, W) integers, indices into ``classes``; 255 is unlabelled. No truth, no picture of it.
         classes, palette: Name and RGB of each class.
     """
-    panels = {
-        'image': image,
-        'truth': draw_overlay(image, truth, palette),
-        'prediction': draw_overlay(image, prediction, palette),
-    }
+    maps = {'prediction': prediction} if truth is None else {'truth': truth, 'prediction': prediction}
+    panels = {'image': image, **{title: draw_overlay(image, labels, palette) for title, labels in maps.items()}}
     height, width = image.shape[:2]
-    size = max(12, height // 20)
-    font = ImageFont.load_default(size)
-    line = size + _GAP
-    total = 3 * width + 2 * _GAP
-
-    present = [label for label in np.union1d(truth, prediction) if label < len(classes)]
-    rows = _wrap([(label, size + 4 + font.getlength(classes[label].strip()) + 2 * _GAP) for label in present], total)
-    canvas = Image.new('RGB', (total, line + height + _GAP + line * len(rows)), _PAPER)
-    draw = ImageDraw.Draw(canvas)
+    total = len(panels) * (width + _GAP) - _GAP
+    size = _text_size(height)
+    font, line = ImageFont.load_default(size), size + _GAP
+    present = [label for label in np.unique(np.stack([*maps.values()])) if label < len(classes)]
+    picture = Image.new('RGB', (total, line + height), _PAPER)
+    draw = ImageDraw.Draw(picture)
     for i, (title, panel) in enumerate(panels.items()):
         left = i * (width + _GAP)
         draw.text((left + 2, _GAP // 2), title, fill=_INK, font=font, anchor='la')
-        canvas.paste(Image.fromarray(panel), (left, line))
-    for row, entries in enumerate(rows):
-        top = line + height + _GAP + row * line
-        for label, left in entries:
-            draw.rectangle((left, top, left + size, top + size), fill=tuple(palette[label]), outline=_INK)
-            draw.text((left + size + 4, top + size / 2), classes[label].strip(), fill=_INK, font=font, anchor='lm')
+        picture.paste(Image.fromarray(panel), (left, line))
+    return under_legend(picture, present, classes, palette, size)
+
+
+def under_legend(picture: Image.Image, present: Sequence[int], classes: Sequence[str],
+                 palette: Sequence[Sequence[int]], size: int | None = None,
+                 num_rows: int | None = None) -> Image.Image:  # fmt: skip
+    """A picture on paper, with a legend below it.
+
+    Args:
+        picture: Stays as it is; where it is narrower than a name, the paper is wider.
+        present: Labels to name, in this order.
+        classes, palette: Name and RGB of each class.
+        size: Of the text, in pixels. Default: a 20th of the height, at least 12.
+        num_rows: Rows of the legend, whatever it holds: those of a video must not change. What does not fit is counted.
+    """
+    size = size or _text_size(picture.height)
+    font, line = ImageFont.load_default(size), size + _GAP
+
+    def width_of(text: str) -> int:
+        return round(size + 4 + font.getlength(text) + 2 * _GAP)
+
+    entries = [(classes[label].strip(), tuple(palette[label])) for label in present]
+    width = picture.width
+    if num_rows is None:
+        width = max([width, *(width_of(name) for name, _ in entries)])
+    rows = _wrap([(entry, width_of(entry[0])) for entry in entries], width)
+    if num_rows is not None and len(rows) > num_rows:
+        rows = rows[:num_rows]
+        more = len(entries) - sum(map(len, rows))
+        while rows[-1]:  # make room for the count
+            text = f'+ {more} more'
+            left = rows[-1][-1][1] + width_of(rows[-1][-1][0][0])
+            if left + font.getlength(text) <= width or len(rows[-1]) == 1:
+                break
+            rows[-1].pop()
+            more += 1
+        rows[-1].append(((text, None), left))
+
+    height = picture.height + _GAP + line * (len(rows) if num_rows is None else num_rows)
+    canvas = Image.new('RGB', (width, height), _PAPER)
+    canvas.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for row, line_entries in enumerate(rows):
+        top = picture.height + _GAP + row * line
+        for (name, colour), left in line_entries:
+            if colour is not None:
+                draw.rectangle((left, top, left + size, top + size), fill=colour, outline=_INK)
+                left += size + 4
+            draw.text((left, top + size / 2), name, fill=_INK, font=font, anchor='lm')
     return canvas
 
 
-def _wrap(entries: list[tuple[int, float]], width: int) -> list[list[tuple[int, int]]]:
-    """Break (label, width) entries into rows that fit, giving each entry its left edge."""
-    rows, left = [[]], 2.0
-    for label, needed in entries:
+def _text_size(height: int) -> int:
+    return max(12, height // 20)
+
+
+def _wrap(entries: list[tuple[tuple, int]], width: int) -> list[list[tuple[tuple, int]]]:
+    """Break (entry, width) pairs into rows that fit, giving each entry its left edge."""
+    rows, left = [[]], 2
+    for entry, needed in entries:
         if rows[-1] and left + needed > width:
             rows.append([])
-            left = 2.0
-        rows[-1].append((label, round(left)))
+            left = 2
+        rows[-1].append((entry, left))
         left += needed
     return rows
 
@@ -92,11 +135,16 @@ class OverlayHook(Hook):
         self.out_dir.mkdir(parents=True, exist_ok=True)
 
     def after_test_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        meta = runner.test_dataloader.dataset.metainfo
         for sample in outputs:
-            image = mmcv.imread(sample.img_path, channel_order='rgb')  # turned by EXIF as in the pipeline
-            truth, prediction = (
-                data.data.squeeze(0).cpu().numpy() for data in (sample.gt_sem_seg, sample.pred_sem_seg)
-            )
-            picture = draw_comparison(image, truth, prediction, meta['classes'], meta['palette'])
+            picture = comparison_of(sample, runner.test_dataloader.dataset.metainfo)
             picture.save(self.out_dir / f'{Path(sample.img_path).stem}.png')
+
+
+def comparison_of(sample: SegDataSample, meta: dict) -> Image.Image:
+    """:func:`draw_comparison` of a predicted sample, with the classes and palette of its data set's ``meta``."""
+    image = mmcv.imread(sample.img_path, channel_order='rgb')  # turned by EXIF as in the pipeline
+    truth, prediction = (
+        sample.get(key).data.squeeze(0).cpu().numpy() if key in sample else None
+        for key in ('gt_sem_seg', 'pred_sem_seg')
+    )
+    return draw_comparison(image, truth, prediction, meta['classes'], meta['palette'])

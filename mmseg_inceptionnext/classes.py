@@ -1,0 +1,98 @@
+"""What a segmentor's labels mean: names, colours, and how they are coded in files."""
+
+from __future__ import annotations
+
+import colorsys
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmseg.datasets import ADE20KDataset
+
+from mmseg_inceptionnext.errors import UserError
+
+_HELP = "pass classes (--classes): 'ade20k', or a file with one class a line, as NAME or NAME #RRGGBB"
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a data set; a label is an index into them.
+
+    Attributes:
+        names: Of the classes.
+        palette: RGB of each, 0 … 255.
+        reduce_zero_label: In files, label maps hold the label + 1, and 0 is unlabelled. So it is in ADE20K.
+    """
+
+    names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    reduce_zero_label: bool = True
+
+
+def classes_of_checkpoint(checkpoint: dict, path: str | Path) -> Classes:
+    """The classes that mmengine wrote into a checkpoint.
+
+    Args:
+        checkpoint: What :func:`~mmseg_inceptionnext.weights.read_checkpoint` gave for ``path``.
+        path: For the message.
+
+    Raises:
+        UserError: it does not have them.
+    """
+    meta = checkpoint.get('meta')
+    meta = meta.get('dataset_meta') if isinstance(meta, dict) else None
+    names, palette = (meta.get(key) for key in ('classes', 'palette')) if isinstance(meta, dict) else (None, None)
+    if names is None or palette is None or len(names) != len(palette):
+        raise UserError(f'{path} does not say what its classes are: {_HELP}')
+    return Classes(
+        tuple(str(name).strip() for name in names),
+        tuple(tuple(int(value) for value in colour) for colour in palette),
+        bool(meta.get('reduce_zero_label', True)),
+    )
+
+
+def read_classes(source: str | Path) -> Classes:
+    """Classes by name of a data set, or from a file.
+
+    Args:
+        source: 'ade20k', or a text file with one class a line: its name, and if wanted its colour as #RRGGBB. Classes
+            without one get colours of hues far apart.
+
+    Raises:
+        UserError: no such file, or one without classes.
+    """
+    if str(source) == 'ade20k':
+        meta = ADE20KDataset.METAINFO
+        return Classes(tuple(name.strip() for name in meta['classes']), tuple(map(tuple, meta['palette'])))
+    try:
+        lines = [line.strip() for line in Path(source).read_text(encoding='utf-8').splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'cannot read classes from {source} ({error}): {_HELP}') from error
+    lines = [line for line in lines if line]
+    if not lines:
+        raise UserError(f'{source} holds no classes: {_HELP}')
+    names, palette = [], []
+    for index, line in enumerate(lines):
+        name, colour = re.fullmatch(r'(.*?)(?:[\s,]+#([0-9a-fA-F]{6}))?', line).groups()
+        names.append(name)
+        palette.append(tuple(bytes.fromhex(colour)) if colour else _distinct_colour(index))
+    if len(set(names)) < len(names):
+        raise UserError(f'{source} names {next(n for n in names if names.count(n) > 1)!r} twice: names must differ')
+    return Classes(tuple(names), tuple(palette))
+
+
+def check_number(classes: Sequence, expected: int, source: str) -> None:
+    """Make sure that there are as many classes as the model has outputs.
+
+    Raises:
+        UserError: saying both numbers.
+    """
+    if len(classes) != expected:
+        raise UserError(f'{source} names {len(classes)} classes, but the model has {expected}: {_HELP}')
+
+
+def _distinct_colour(index: int) -> tuple[int, int, int]:
+    """Hues that differ by the golden ratio of the circle: none comes near one of the last few."""
+    rgb = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.85 if index % 2 else 0.65, 0.95)
+    return tuple(round(255 * value) for value in rgb)

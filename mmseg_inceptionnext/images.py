@@ -1,0 +1,62 @@
+"""Read an image as people see it, or say why that cannot be done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mmseg_inceptionnext.errors import UserError
+
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm', '.pgm', '.jp2')
+
+
+def read_image(source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+    """Pixels of an image file, a PIL image or an array.
+
+    Files are turned as their EXIF orientation says; grey, palette, CMYK and 16-bit images become 8-bit RGB, alpha is
+    dropped, of an animation the first frame is taken. What mmseg's pipelines read (by OpenCV) is the same, but for
+    CMYK, whose values may differ by one.
+
+    Args:
+        source: A path; a PIL image of any mode; or an array of RGB (H, W, 3) or grey (H, W) values, uint8.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+
+    Raises:
+        UserError: no such file, or one that is no image, truncated, of floating-point values, or a decompression bomb.
+        TypeError: neither of these, or an array of another shape or dtype.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.ndim == 3 and source.shape[2] != 3:
+            raise TypeError(f'expected an array (H, W, 3) or (H, W) of uint8, got {source.shape} of {source.dtype}')
+        return source if source.ndim == 3 else np.repeat(source[..., None], 3, axis=2)
+    if isinstance(source, Image.Image):
+        return _pixels(source)
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f'expected a path, a PIL image or an array, got {type(source).__name__}')
+    try:
+        with Image.open(source) as image:
+            return _pixels(image)
+    except FileNotFoundError as error:
+        raise UserError(f'{source}: no such file') from error
+    except UserError as error:
+        raise UserError(f'{source}: {error}') from error
+    except Image.UnidentifiedImageError as error:
+        raise UserError(f'{source}: not an image, or of a format that Pillow does not read') from error
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # Pillow's, on damage
+        raise UserError(f'{source}: {getattr(error, "strerror", None) or error}') from error
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    image = ImageOps.exif_transpose(image)
+    if image.mode == 'F':
+        raise UserError('holds floating-point values, whose range is not known: save it with 8 or 16 bits')
+    if image.mode.startswith('I'):  # 16 bits, though Pillow may use 32 to hold them
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise UserError('holds 32-bit values: save it with 8 or 16 bits')
+        return np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    return np.asarray(image.convert('RGB'))

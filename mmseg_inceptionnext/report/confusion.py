@@ -1,0 +1,94 @@
+"""Which class was taken for which, image by image."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from mmengine.evaluator import BaseMetric
+from mmseg.registry import METRICS
+from PIL import Image
+
+IGNORED = 255
+
+
+@dataclass(frozen=True)
+class EvaluatedImage:
+    """One test image: its label maps, and how many pixels of each class were predicted as which.
+
+    Attributes:
+        path: Of the image.
+        truth_png, prediction_png: Label maps at the size of the image, 255 where unlabelled, as PNG files.
+        pairs: (K, 3) int64: true class, predicted class, pixels. Pairs without pixels are left out.
+    """
+
+    path: str
+    truth_png: bytes
+    prediction_png: bytes
+    pairs: np.ndarray
+
+    @property
+    def miou(self) -> float:
+        """Mean IoU in percent over the classes that the image has in truth or prediction; NaN if all is unlabelled."""
+        size = int(self.pairs[:, :2].max(initial=-1)) + 1
+        return float(np.nanmean(ious(total_confusion([self], size)))) if size else np.nan
+
+    @property
+    def aacc(self) -> float:
+        """Percent of the labelled pixels that are right; NaN if there are none."""
+        right = self.pairs[self.pairs[:, 0] == self.pairs[:, 1], 2].sum()
+        return float(100 * right / self.pairs[:, 2].sum()) if len(self.pairs) else np.nan
+
+
+@METRICS.register_module()
+class ConfusionMetric(BaseMetric):
+    """Keeps an :class:`EvaluatedImage` of each test image; mmseg's IoUMetric keeps areas, not what was taken for what.
+
+    Attributes:
+        images (list): After an evaluation. Of several processes, only the first has them.
+    """
+
+    images: Sequence[EvaluatedImage] = ()
+
+    def process(self, data_batch, data_samples: Sequence[dict]) -> None:
+        for sample in data_samples:
+            truth, prediction = (
+                sample[key]['data'].squeeze(0).cpu().numpy().astype(np.uint8) for key in ('gt_sem_seg', 'pred_sem_seg')
+            )
+            self.results.append(
+                EvaluatedImage(sample['img_path'], _png(truth), _png(prediction), confused_pairs(truth, prediction))
+            )
+
+    def compute_metrics(self, results: list[EvaluatedImage]) -> dict:
+        self.images = results
+        return {}
+
+
+def confused_pairs(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """(K, 3) int64: true class, predicted class, pixels, of two (H, W) uint8 label maps; 255 in truth is left out."""
+    labelled = truth != IGNORED
+    codes, pixels = np.unique(truth[labelled].astype(np.int64) * 256 + prediction[labelled], return_counts=True)
+    return np.stack([codes // 256, codes % 256, pixels], axis=1)
+
+
+def total_confusion(images: Sequence[EvaluatedImage], num_classes: int) -> np.ndarray:
+    """(num_classes, num_classes) int64: pixels of a true class (row) that were predicted as a class (column)."""
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    for image in images:
+        np.add.at(confusion, (image.pairs[:, 0], image.pairs[:, 1]), image.pairs[:, 2])
+    return confusion
+
+
+def ious(confusion: np.ndarray) -> np.ndarray:
+    """IoU of each class in percent; NaN for a class that is neither in the truth nor predicted."""
+    hit = confusion.diagonal()
+    union = confusion.sum(0) + confusion.sum(1) - hit
+    return np.divide(100 * hit, union, out=np.full(len(hit), np.nan), where=union > 0)
+
+
+def _png(labels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(labels).save(file, 'png')
+    return file.getvalue()

@@ -1,0 +1,19 @@
+"""Compare two reports of tools/test.py --report: what improved and what got worse, class by class."""
+
+import argparse
+
+from mmseg_inceptionnext.command_line import run
+from mmseg_inceptionnext.report.compare import compare_reports, comparison_text, read_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('a', help='folder of a report, or its report.json')
+    parser.add_argument('b', help='the one that is compared with it')
+    args = parser.parse_args()
+
+    print(comparison_text(compare_reports(read_report(args.a), read_report(args.b))))
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,68 @@
+"""Segment images and videos: overlays, and if wanted label maps."""
+
+import argparse
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mmseg_inceptionnext.command_line import fail, output_folder, positive_int, run
+from mmseg_inceptionnext.predict import Output, count_images, find_sources, predict
+from mmseg_inceptionnext.segmentor import Segmentor
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f'{text} is not from 0 to 1')
+    return value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file, or the name of a shipped one')
+    parser.add_argument('checkpoint', help='checkpoint of a segmentor trained with it')
+    parser.add_argument(
+        'inputs', nargs='+', metavar='input', help='images, videos, folders, globs; - reads a list from standard input'
+    )
+    parser.add_argument('--out', metavar='DIR', type=output_folder, required=True, help='where the overlays go')
+    parser.add_argument('--opacity', type=share, default=0.5, help='of the colours, from 0 to 1 (0.5)')
+    parser.add_argument('--legend', action='store_true', help='name the classes that are there, below the picture')
+    parser.add_argument(
+        '--labels', action='store_true', help='label maps, too, coded as annotations: in ADE20K label + 1, 0 unlabelled'
+    )
+    parser.add_argument('--batch-size', metavar='N', type=positive_int, default=1, help='images at once (1)')
+    parser.add_argument('--device', help='cpu, cuda, cuda:1 … (a GPU if there is one)')
+    parser.add_argument('--overwrite', action='store_true', help='replace what is in DIR already')
+    parser.add_argument(
+        '--classes',
+        metavar='ade20k|FILE',
+        help='if the checkpoint has no names: FILE holds NAME or NAME #RRGGBB lines',
+    )
+    parser.add_argument(
+        '--fast', action=argparse.BooleanOptionalAction, default=True, help='fold and pack the model first (on)'
+    )
+    args = parser.parse_args()
+
+    output = Output(args.out, args.opacity, args.legend, args.labels)
+    sources = find_sources(args.inputs, args.out, sys.stdin if '-' in args.inputs else ())
+    segmentor = Segmentor(args.config, args.checkpoint, args.device, args.classes, args.fast)
+    columns = [
+        BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn('{task.fields[rate]}'),
+    ]  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task('', total=count_images(sources), rate='')
+
+        def advance(images: int) -> None:
+            progress.advance(task, images)
+            speed = progress.tasks[0].speed
+            progress.update(task, rate=f'{speed:.2f} images/s' if speed else '')
+
+        failures = predict(segmentor, sources, output, args.batch_size, args.overwrite, advance)
+    print(f'{int(progress.tasks[0].completed)} images in {args.out}')
+    fail(failures)
+
+
+if __name__ == '__main__':
+    run(main)
