@@ -19,8 +19,9 @@ from mmseg_inceptionnext.models.label_map_segmentor import LabelMapSegmentor
 from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleUPerHead
 from mmseg_inceptionnext.models.pvt import PVT
 from mmseg_inceptionnext.report.confusion import ConfusionMetric
-from mmseg_inceptionnext.report.overlay import OverlayHook
+from mmseg_inceptionnext.report.overlay import OverlayHook, ValidationSamplesHook
 from mmseg_inceptionnext.segmentor import Segmentation, Segmentor
+from mmseg_inceptionnext.training.batch import AccumulatingTrainLoop
 from mmseg_inceptionnext.training.mixed_precision import BFloat16OptimWrapper
 from mmseg_inceptionnext.training.non_finite_loss import StopOnNonFiniteLossHook
 from mmseg_inceptionnext.training.reproducible import (
@@ -31,6 +32,7 @@ from mmseg_inceptionnext.training.reproducible import (
 from mmseg_inceptionnext.version import __version__
 
 __all__ = [
+    'AccumulatingTrainLoop',
     'BFloat16OptimWrapper',
     'PVT',
     'CheckAnnotation',
@@ -47,6 +49,7 @@ __all__ = [
     'Segmentor',
     'StopOnNonFiniteLossHook',
     'UserError',
+    'ValidationSamplesHook',
     '__version__',
     'optimize_for_inference',
 ]

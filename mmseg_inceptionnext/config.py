@@ -12,11 +12,11 @@ from mmengine.device import get_device
 
 from mmseg_inceptionnext.errors import UserError
 
-# What starts the processes of a distributed run, and a variable that it sets for each.
+# What starts the processes of a distributed run, and what it sets: the number of a process, and how many there are.
 _LAUNCHERS = {
-    'pytorch': ('torchrun', 'RANK'),
-    'slurm': ('srun', 'SLURM_PROCID'),
-    'mpi': ('mpirun', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+    'pytorch': ('torchrun', 'RANK', 'WORLD_SIZE'),
+    'slurm': ('srun', 'SLURM_PROCID', 'SLURM_NTASKS'),
+    'mpi': ('mpirun', 'OMPI_COMM_WORLD_LOCAL_RANK', 'OMPI_COMM_WORLD_SIZE'),
 }
 
 
@@ -96,7 +96,7 @@ def load_config(path: str | Path, work_dir: str | Path | None = None, data_root:
     cfg = read_config(path)
     path = Path(cfg.filename)
     if launcher in _LAUNCHERS:
-        program, variable = _LAUNCHERS[launcher]
+        program, variable, _ = _LAUNCHERS[launcher]
         if variable not in os.environ:
             raise UserError(f'--launcher {launcher} needs its processes started by {program}: {variable} is not set')
     cfg.launcher = launcher
@@ -125,6 +125,12 @@ def fit_to_device(cfg: Config) -> None:
     if cfg.get('launcher', 'none') == 'pytorch' and not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
         cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+
+
+def world_size(cfg: Config) -> int:
+    """How many processes a run of this config has, also before they have met."""
+    launcher = cfg.get('launcher', 'none')
+    return 1 if launcher == 'none' else int(os.environ[_LAUNCHERS[launcher][2]])
 
 
 def set_data_root(cfg: Config, data_root: str | Path) -> None:

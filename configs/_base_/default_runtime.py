@@ -6,14 +6,21 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=4000, max_keep_ckpts=2, save_best='mIoU'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
-    visualization=dict(type='SegVisualizationHook'),
 )
-custom_hooks = [dict(type='SeedIterationHook'), dict(type='StopOnNonFiniteLossHook')]
+custom_hooks = [
+    dict(type='SeedIterationHook'),
+    dict(type='StopOnNonFiniteLossHook'),
+    dict(type='ValidationSamplesHook', num_images=4),
+]
 env_cfg = dict(
     cudnn_benchmark=True,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'),
 )
-visualizer = dict(type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')
+visualizer = dict(
+    type='SegLocalVisualizer',
+    vis_backends=[dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')],
+    name='visualizer',
+)
 log_processor = dict(by_epoch=False)
 log_level = 'INFO'

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mmcv
 import numpy as np
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmseg.registry import HOOKS
 from mmseg.structures import SegDataSample
@@ -138,6 +139,30 @@ class OverlayHook(Hook):
         for sample in outputs:
             picture = comparison_of(sample, runner.test_dataloader.dataset.metainfo)
             picture.save(self.out_dir / f'{Path(sample.img_path).stem}.png')
+
+
+@HOOKS.register_module()
+class ValidationSamplesHook(Hook):
+    """Hands comparisons of some validation images, always the same, to the visualizer, at each validation.
+
+    Its backends keep them: as files under ``vis_data/vis_image`` of the work dir, and in TensorBoard.
+
+    Args:
+        num_images: How many, spread evenly over the validation set; with several processes, over the first one's part.
+    """
+
+    def __init__(self, num_images: int = 4):
+        self.num_images = num_images
+
+    def before_val(self, runner) -> None:
+        last = len(runner.val_dataloader) - 1
+        self.chosen = set(np.linspace(0, last, self.num_images).round().astype(int))
+
+    def after_val_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        if batch_idx in self.chosen and is_main_process():
+            sample = outputs[0]
+            picture = comparison_of(sample, runner.val_dataloader.dataset.metainfo)
+            runner.visualizer.add_image(f'val_{Path(sample.img_path).stem}', np.asarray(picture), runner.iter)
 
 
 def comparison_of(sample: SegDataSample, meta: dict) -> Image.Image:

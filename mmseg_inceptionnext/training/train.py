@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from mmengine.config import Config
@@ -12,6 +16,8 @@ from mmseg_inceptionnext.config import fit_to_device, require
 from mmseg_inceptionnext.data.check import check_data
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
+from mmseg_inceptionnext.training.batch import effective_batch, use_auto_batch
+from mmseg_inceptionnext.training.dry_run import Plan, dry_run
 from mmseg_inceptionnext.training.mixed_precision import use_mixed_precision
 from mmseg_inceptionnext.weights import check_fits, read_checkpoint
 
@@ -22,6 +28,7 @@ def train(
     resume: str | bool = False,
     amp: bool = False,
     seed: int | None = None,
+    auto_batch: bool = False,
 ) -> Runner:
     """Run the training loop of a config, with its validations.
 
@@ -33,6 +40,8 @@ def train(
             starts from the beginning, so that a job script can always ask to resume.
         amp: Mixed precision, see :func:`use_mixed_precision`.
         seed: Of all random numbers. Default: the config's, on resuming the checkpoint's, else a random one.
+        auto_batch: Accumulate gradients so that the recipe's batch holds, see
+            :func:`~mmseg_inceptionnext.training.batch.use_auto_batch`.
 
     Returns:
         The runner, after the last iteration.
@@ -40,6 +49,36 @@ def train(
     Raises:
         UserError: the data set, the weights or the checkpoint cannot be read or do not fit; or the loss is not finite.
     """
+    runner = _prepare(cfg, weights, resume, amp, seed, auto_batch)(cfg)
+    runner.train()
+    return runner
+
+
+def plan(cfg: Config, weights: str | None = None, resume: str | bool = False, amp: bool = False,
+         seed: int | None = None, auto_batch: bool = False) -> Plan:  # fmt: skip
+    """What :func:`train` would do with the same arguments, and what it would cost; see :func:`dry_run`."""
+    return dry_run(cfg, _prepare(cfg, weights, resume, amp, seed, auto_batch))
+
+
+def summary(runner: Runner) -> dict:
+    """``{'best', 'iteration', 'checkpoint', 'config'}`` of a finished run: the best validation's figure, when it was
+    reached, its checkpoint, and the whole config that the run wrote beside it. Without a best one, of the last.
+    """
+    hub, work_dir = runner.message_hub, Path(runner.work_dir)
+    best = hub.get_info('best_ckpt')
+    checkpoint = Path(best or hub.get_info('last_ckpt') or work_dir / f'iter_{runner.iter}.pth')
+    iteration = re.search(r'iter_(\d+)', checkpoint.name)
+    return {
+        'best': hub.get_info('best_score') if best else None,
+        'iteration': int(iteration[1]) if iteration else runner.iter,
+        'checkpoint': checkpoint,
+        'config': work_dir / Path(runner.cfg.filename).name,
+    }
+
+
+def _prepare(cfg: Config, weights: str | None, resume: str | bool, amp: bool, seed: int | None,
+             auto_batch: bool) -> Callable[[Config], Runner]:  # fmt: skip
+    """Check and change a config as :func:`train` is asked to, and say what makes its runner."""
     require(cfg, 'model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
     if seed is not None and not 0 <= seed < 2**32:
         raise UserError(f'--seed {seed} must be from 0 to {2**32 - 1}')
@@ -52,15 +91,17 @@ def train(
     if seed is not None:
         cfg.randomness = dict(cfg.get('randomness', {}), seed=seed)
 
+    if auto_batch:
+        use_auto_batch(cfg)
+    elif warning := effective_batch(cfg).warning:
+        print_log(warning, logger='current', level=logging.WARNING)
+
     checkpoint = _last_checkpoint(Path(cfg.work_dir)) if resume is True else resume or None
     if checkpoint is None:
         if resume:
             print_log(f'No checkpoint in {cfg.work_dir} yet: training starts from the beginning', logger='current')
-        runner = _new_runner(cfg)
-    else:
-        runner = _resumed_runner(cfg, checkpoint)
-    runner.train()
-    return runner
+        return _new_runner
+    return partial(_resumed_runner, checkpoint=checkpoint)
 
 
 def _last_checkpoint(work_dir: Path) -> Path | None:

@@ -18,3 +18,4 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
     dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=1500, end=160000),
 ]
+auto_scale_lr = dict(enable=False, base_batch_size=16)  # 8 GPUs × 2; tools/train.py --auto-batch keeps it

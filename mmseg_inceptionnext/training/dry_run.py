@@ -1,0 +1,176 @@
+"""What a training run will do and cost, found out by two of its iterations."""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from mmseg.registry import HOOKS
+
+from mmseg_inceptionnext.training.batch import EffectiveBatch, effective_batch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved schedule and its cost on this machine.
+
+    Attributes:
+        parameters: Of the model.
+        batch: Images of an optimizer step.
+        iterations, done: Of the whole run, and already done by the checkpoint that it resumes.
+        training_images, validation_images: In the data sets; None without validation.
+        lr: Of each group of parameters that has another one, before the schedule.
+        schedulers: Their types with the iterations of each.
+        val_interval: Iterations between validations.
+        seconds_per_iteration: Of the second one, with its data; None if none is left.
+        seconds_per_validation_image: The second time.
+        peak_memory_mb: Of the GPU, or of the process on a CPU.
+        device: Where it ran.
+    """
+
+    parameters: int
+    batch: EffectiveBatch
+    iterations: int
+    done: int
+    training_images: int
+    validation_images: int | None
+    lr: list[float]
+    schedulers: list[str]
+    val_interval: int
+    seconds_per_iteration: float | None
+    seconds_per_validation_image: float | None
+    peak_memory_mb: float
+    device: str
+
+    @property
+    def images_seen(self) -> int:
+        return self.iterations * self.batch.images
+
+    @property
+    def validations(self) -> int:
+        """mmengine validates every ``val_interval`` iterations and after the last."""
+        if self.validation_images is None:
+            return 0
+        last = self.iterations
+        return last // self.val_interval - self.done // self.val_interval + (last % self.val_interval > 0)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of what is left of the run."""
+        if self.seconds_per_iteration is None:
+            return None
+        validation = self.validations * (self.validation_images or 0) * (self.seconds_per_validation_image or 0)
+        return (self.iterations - self.done) * self.seconds_per_iteration + validation / self.batch.processes
+
+    def __str__(self) -> str:
+        lines = {
+            'parameters': f'{self.parameters / 1e6:.1f} M',
+            'effective batch': f'{self.batch} (processes × images × accumulation)',
+            'iterations': f'{self.iterations}' + (f', {self.done} of them done' if self.done else ''),
+            'images seen': f'{self.images_seen}, {self.images_seen / self.training_images:.1f} epochs of '
+            f'{self.training_images}',
+            'learning rate': ', '.join(f'{lr:g}' for lr in self.lr) + '; ' + ', '.join(self.schedulers),
+            'validation': f'{self.validations} times {self.validation_images} images'
+            if self.validations
+            else 'none',
+            'device': self.device,
+            'peak memory': f'{self.peak_memory_mb:.0f} MB',
+        }  # fmt: skip
+        if self.seconds is None:
+            lines['time'] = 'nothing is left to train'
+        else:
+            parts = [f'{self.seconds_per_iteration:.2f} s an iteration']
+            if self.seconds_per_validation_image is not None:
+                parts.append(f'{self.seconds_per_validation_image:.2f} s a validation image')
+            lines['time'] = f'about {timedelta(seconds=round(self.seconds))} ({", ".join(parts)})'
+        text = '\n'.join(f'{key:<16} {value}' for key, value in lines.items())
+        return text + (f'\nwarning: {self.batch.warning}' if self.batch.warning else '')
+
+
+def dry_run(cfg: Config, make_runner: Callable[[Config], Runner]) -> Plan:
+    """Build all of a run, train two iterations and validate one batch twice, once each to warm up; keep nothing.
+
+    Args:
+        cfg: A whole config; it is changed.
+        make_runner: Of it.
+    """
+    stopwatch = dict(type='_StopwatchHook')
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []), stopwatch]
+    cfg.default_hooks.checkpoint = None
+    cfg.log_level = 'WARNING'
+    cfg.visualizer = dict(type='SegLocalVisualizer')
+    has_validation = cfg.get('val_dataloader') is not None
+    with tempfile.TemporaryDirectory() as folder:
+        cfg.work_dir = folder
+        runner = make_runner(cfg)
+        runner.train()
+        hook = next(hook for hook in runner.hooks if isinstance(hook, _StopwatchHook))
+        if has_validation:
+            runner.call_hook('before_val')
+            runner.model.eval()
+            batch = next(iter(runner.val_dataloader))
+            for index in range(2):
+                runner.val_loop.run_iter(index, batch)
+        optimizer = runner.optim_wrapper.optimizer
+        return Plan(
+            parameters=sum(p.numel() for p in runner.model.parameters()),
+            batch=effective_batch(cfg),
+            iterations=runner.max_iters,
+            done=hook.start,
+            training_images=len(runner.train_dataloader.dataset),
+            validation_images=len(runner.val_dataloader.dataset) if has_validation else None,
+            lr=sorted({group['initial_lr'] for group in optimizer.param_groups}, reverse=True),
+            schedulers=[
+                f'{s["type"]} {s.get("begin", 0)}–{s.get("end", "")}' for s in cfg.get('param_scheduler') or []
+            ],
+            val_interval=cfg.train_cfg.get('val_interval', 1000),
+            seconds_per_iteration=hook.seconds[-1] if hook.seconds else None,
+            seconds_per_validation_image=hook.validation_seconds,
+            peak_memory_mb=_peak_memory_mb(),
+            device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu',
+        )
+
+
+@HOOKS.register_module()
+class _StopwatchHook(Hook):
+    """Stops a run after its second iteration, and says how long each took, with the wait for its data."""
+
+    priority = 'VERY_HIGH'  # the time of other hooks' pictures is not that of an iteration
+
+    def __init__(self):
+        self.seconds: list[float] = []
+        self.validation_seconds: float | None = None
+
+    def before_train(self, runner) -> None:
+        self.start = runner.iter
+        self.clock = time.perf_counter()
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        self.seconds.append(self._lap())
+        runner.train_loop.stop_training = len(self.seconds) == 2
+
+    def before_val_iter(self, runner, batch_idx, data_batch=None) -> None:
+        self._lap()
+
+    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        self.validation_seconds = self._lap() / len(outputs)
+
+    def _lap(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        then, self.clock = self.clock, time.perf_counter()
+        return self.clock - then
+
+
+def _peak_memory_mb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
