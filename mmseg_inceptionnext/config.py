@@ -46,7 +46,7 @@ def find_config(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    wanted = path.with_suffix('').parts
+    wanted = Path(str(path).removesuffix('.py')).parts
     root = _shipped_configs()
     shipped = sorted(p for p in root.rglob('*.py') if '_base_' not in p.parts)
     found = [p for p in shipped if p.relative_to(root).with_suffix('').parts[-len(wanted) :] == wanted]

@@ -9,9 +9,11 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
+from torch.profiler import ProfilerActivity, profile
 
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.data.mini_ade20k import make_mini_ade20k
+from mmseg_inceptionnext.training.train import train
 
 ROOT = Path(__file__).parents[1]
 TINY_CONFIG = ROOT / 'tests' / 'configs' / 'fpn_tiny.py'
@@ -37,6 +39,16 @@ def mini_root(tmp_path_factory) -> Path:
 def tiny_cfg(tmp_path, mini_root) -> Config:
     """A whole config that trains in seconds."""
     return load_config(TINY_CONFIG, work_dir=tmp_path / 'work', data_root=mini_root)
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory, mini_root) -> Path:
+    """A checkpoint of TINY_CONFIG after three iterations, with all that mmengine writes into one."""
+    init_default_scope('mmseg')
+    work_dir = tmp_path_factory.mktemp('trained')
+    cfg = load_config(TINY_CONFIG, work_dir, mini_root, cfg_options={'train_cfg.max_iters': 3})
+    train(cfg, weights='none', seed=0)
+    return work_dir / 'iter_3.pth'
 
 
 @pytest.fixture(scope='session')
@@ -72,3 +84,15 @@ def assert_user_error(process: subprocess.CompletedProcess, *parts: str) -> None
 
 def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return ((ours - reference).abs().max() / reference.abs().max()).item()
+
+
+def peak_bytes(function) -> int:
+    """Largest sum of what torch has allocated on the CPU while a function ran."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    total = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == '[memory]':
+            total += event.nbytes()
+            peak = max(peak, total)
+    return peak

@@ -5,12 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_CONFIG
+from conftest import TINY_CONFIG, peak_bytes
 from mmengine.config import Config
 from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from torch.profiler import ProfilerActivity, profile
 
 from mmseg_inceptionnext import LabelMapSegmentor
 from mmseg_inceptionnext.config import fit_to_device
@@ -95,14 +94,3 @@ def test_a_fifth_of_the_memory():
 
     assert torch.equal(mmseg(), ours())
     assert peak_bytes(ours) * 5 < peak_bytes(mmseg)
-
-
-def peak_bytes(function) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    total = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == '[memory]':
-            total += event.nbytes()
-            peak = max(peak, total)
-    return peak

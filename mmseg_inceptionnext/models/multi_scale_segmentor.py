@@ -53,8 +53,8 @@ class MultiScaleSegmentor(nn.Module):
             inputs, meta = data['inputs'], data['data_samples'][0].metainfo
             if predicts_by_argmax(model):
                 logits.append(model.decode_head.forward(model.extract_feat(inputs))[0])
-            else:  # sliding windows, or a head of another kind: logits at the size of the network's input
-                logits.append(model.inference(inputs, [meta])[0])
+            else:  # sliding windows, which overwrite the meta, or a head of another kind
+                logits.append(model.inference(inputs, [dict(meta)])[0])
             metas.append(meta)
         if model.out_channels == 1:
             label = _threshold(logits, metas, model.align_corners, model.decode_head.threshold)
