@@ -18,7 +18,7 @@ from torch import nn
 
 from mmseg_inceptionnext.config import fit_to_device, require
 from mmseg_inceptionnext.data.check import check_data
-from mmseg_inceptionnext.data.pipeline import has_truth, leave_truth_out, use_multi_scale
+from mmseg_inceptionnext.data.pipeline import lacks_truth, leave_truth_out, use_multi_scale
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.inference import optimize_for_inference
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
@@ -87,12 +87,14 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
     """
     require(cfg, 'model', 'test_dataloader', 'test_evaluator', 'test_cfg')
     metric_cfg = _iou_metric(cfg)
-    with_truth = has_truth(cfg.test_dataloader.dataset) and not metric_cfg.get('format_only')
-    if not with_truth:
-        if need_figures:
-            check_data(cfg, 'test')  # which says what is missing, if the config names it
-            raise UserError('the test data have no annotations, so there are no figures: ask for --out or --show-dir')
+    no_truth = lacks_truth(cfg.test_dataloader.dataset)
+    if no_truth is None and metric_cfg.get('format_only'):
+        no_truth = 'test_evaluator.format_only is set'
+    if no_truth:
         leave_truth_out(cfg.test_dataloader.dataset)
+        if need_figures:
+            check_data(cfg, 'test')  # images or the whole data set may be missing, too
+            raise UserError(f'{no_truth}, so there are no figures: ask for --out or --show-dir alone, or mend that')
         metric_cfg.format_only = True
     if tta:
         use_multi_scale(cfg.test_dataloader.dataset)
@@ -101,7 +103,7 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
     fit_to_device(cfg)
     if out is not None:
         metric_cfg.output_dir = str(out)
-    elif not with_truth:
+    elif no_truth:
         cfg.test_evaluator = []  # pictures alone
     if report is not None:
         cfg.test_evaluator = [*_listed(cfg.test_evaluator), dict(type='ConfusionMetric')]
@@ -123,7 +125,7 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
     if out is not None or show_dir is not None:
         _check_names_differ(runner.test_dataloader.dataset)
     runner.test()
-    if not with_truth:
+    if no_truth:
         return None
     figures = _metric(runner, PerClassIoUMetric).figures
     if report is not None and is_main_process():

@@ -28,19 +28,21 @@ def test_colours_that_are_not_given_differ(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('content', 'message'), [(None, 'cannot read'), ('\n', 'holds no classes'), ('a\nb\na', "'a' twice"), (b'\xff\xfe', 'cannot read')]
+    ('content', 'message'),
+    [(None, 'cannot read'), (b'\n', 'holds no classes'), (b'a\nb\na', "'a' twice"), (b'\xff\xfe', 'cannot read')],
 )  # fmt: skip
 def test_files_that_do_not_do(tmp_path, content, message):
     path = tmp_path / 'c.txt'
     if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_classes(path)
 
 
 @pytest.mark.parametrize(
-    'checkpoint', [{}, {'meta': {}}, {'meta': None}, {'meta': {'dataset_meta': None}}, {'meta': {'dataset_meta': {'classes': ['a']}}},
-                   {'meta': {'dataset_meta': {'classes': ['a'], 'palette': []}}}],
+    'checkpoint',
+    [{}, {'meta': {}}, {'meta': None}, {'meta': {'dataset_meta': None}},
+     {'meta': {'dataset_meta': {'classes': ['a']}}}, {'meta': {'dataset_meta': {'classes': ['a'], 'palette': []}}}],
 )  # fmt: skip
 def test_a_checkpoint_without_classes_is_not_guessed(checkpoint):
     with pytest.raises(UserError, match=r'x\.pth does not say what its classes are: pass classes \(--classes\)'):

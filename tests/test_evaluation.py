@@ -139,3 +139,45 @@ def test_the_fast_path_gives_the_same_figures_and_maps(tiny_cfg, tmp_path):
     for path in maps:
         assert path.read_bytes() == (tmp_path / 'False' / path.name).read_bytes()
         assert len(np.unique(np.array(Image.open(path)))) > 1
+
+
+def test_multi_scale_gives_other_figures_and_whole_maps(tiny_cfg, checkpoint, mini_root, tmp_path):
+    figures = evaluate(copy.deepcopy(tiny_cfg), checkpoint, out=tmp_path / 'out', show_dir=tmp_path / 'show', tta=True)
+    assert figures != evaluate(tiny_cfg, checkpoint)
+    for path in (mini_root / 'annotations' / 'validation').iterdir():
+        assert Image.open(tmp_path / 'out' / path.name).size == Image.open(path).size
+    assert len(list((tmp_path / 'show').iterdir())) == 2
+
+
+@pytest.mark.parametrize('how', ['format_only', 'no prefix', 'no folder'])
+@pytest.mark.parametrize('tta', [False, True])
+def test_label_maps_without_ground_truth(tiny_cfg, checkpoint, mini_root, tmp_path, how, tta):
+    expected = tmp_path / 'expected'
+    evaluate(copy.deepcopy(tiny_cfg), checkpoint, out=expected, tta=tta)
+    shutil.copytree(mini_root, tmp_path / 'data')
+    dataset_cfg = tiny_cfg.test_dataloader.dataset
+    if how == 'format_only':
+        tiny_cfg.test_evaluator.format_only = True
+    elif how == 'no prefix':
+        dataset_cfg.data_prefix.seg_map_path = None
+    else:
+        shutil.rmtree(tmp_path / 'data' / 'annotations' / 'validation')
+    dataset_cfg.data_root = str(tmp_path / 'data')
+
+    with pytest.raises(UserError, match='no folder .*annotations|names no seg_map_path|format_only is set'):
+        evaluate(copy.deepcopy(tiny_cfg), checkpoint)
+    folders = dict(out=tmp_path / 'out', show_dir=tmp_path / 'show')
+    assert evaluate(copy.deepcopy(tiny_cfg), checkpoint, **folders, tta=tta, need_figures=False) is None
+    for path in expected.iterdir():
+        assert path.read_bytes() == (tmp_path / 'out' / path.name).read_bytes()
+    picture = Image.open(tmp_path / 'show' / 'ADE_val_00000001.png')
+    assert 2 * 96 < picture.width < 3 * 96  # no panel of truth
+    if not tta:
+        assert evaluate(tiny_cfg, checkpoint, show_dir=tmp_path / 'alone', need_figures=False) is None
+        assert len(list((tmp_path / 'alone').iterdir())) == 2
+
+
+def test_multi_scale_needs_an_encoder_decoder(tiny_cfg, checkpoint, monkeypatch):
+    monkeypatch.setattr('mmseg_inceptionnext.evaluation.EncoderDecoder', dict)
+    with pytest.raises(UserError, match='--tta is for an EncoderDecoder'):
+        evaluate(tiny_cfg, checkpoint, tta=True)

@@ -22,8 +22,8 @@ def saved(picture, path, mode: str, **options):
 
 @pytest.mark.parametrize(
     ('mode', 'name'),
-    [('RGB', 'a.jpg'), ('L', 'a.jpg'), ('RGB', 'a.png'), ('L', 'a.png'), ('1', 'a.png'), ('P', 'a.png'), ('RGBA', 'a.png'),
-     ('LA', 'a.png'), ('RGB', 'a.webp'), ('RGB', 'a.bmp'), ('RGB', 'a.tif'), ('P', 'a.gif')],
+    [('RGB', 'a.jpg'), ('L', 'a.jpg'), ('RGB', 'a.png'), ('L', 'a.png'), ('1', 'a.png'), ('P', 'a.png'),
+     ('RGBA', 'a.png'), ('LA', 'a.png'), ('RGB', 'a.webp'), ('RGB', 'a.bmp'), ('RGB', 'a.tif'), ('P', 'a.gif')],
 )  # fmt: skip
 def test_as_mmsegs_pipelines_read_it(picture, tmp_path, mode, name):
     path = saved(picture, tmp_path / name, mode)

@@ -126,8 +126,7 @@ def test_the_test_scale_is_multiplied_and_mirrored():
     cfg = config()
     data = views_of(cfg, image(96, 128))
     sizes = [tuple(view[0].shape[1:]) for view in data['inputs']]
-    assert sizes == [(height, width) for height, width in
-                     [(80, 107), (120, 160), (160, 213), (200, 267), (240, 320), (280, 373)] for _ in range(2)]  # fmt: skip
+    assert sizes[::2] == sizes[1::2] == [(80, 107), (120, 160), (160, 213), (200, 267), (240, 320), (280, 373)]
     for plain, mirrored in zip(data['inputs'][::2], data['inputs'][1::2], strict=True):
         assert torch.equal(plain[0].flip(-1), mirrored[0])
     assert [view[0].flip for view in data['data_samples']] == [False, True] * 6

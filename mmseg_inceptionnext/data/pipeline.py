@@ -21,14 +21,16 @@ def leaves(dataset_cfg: dict) -> list[dict]:
     return [leaf for child in (inner if isinstance(inner, list) else [inner]) for leaf in leaves(child)]
 
 
-def has_truth(dataset_cfg: dict) -> bool:
-    """Whether every data set inside names a folder of annotations that exists."""
-
-    def exists(leaf: dict) -> bool:
+def lacks_truth(dataset_cfg: dict) -> str | None:
+    """Why there is no ground truth for a data set or one of those inside it; None where there is."""
+    for leaf in leaves(dataset_cfg):
         folder = leaf.get('data_prefix', {}).get('seg_map_path')
-        return folder is not None and Path(leaf.get('data_root') or '', folder).is_dir()
-
-    return all(map(exists, leaves(dataset_cfg)))
+        if folder is None:
+            return 'the config names no seg_map_path'
+        path = Path(leaf.get('data_root') or '', folder)
+        if not path.is_dir():
+            return f'there is no folder {path.absolute()}'
+    return None
 
 
 def leave_truth_out(dataset_cfg: dict) -> None:
