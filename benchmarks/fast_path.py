@@ -21,8 +21,8 @@ from mmseg_inceptionnext.command_line import fail, run
 from mmseg_inceptionnext.config import fit_to_device, read_config
 from mmseg_inceptionnext.measure.complexity import measure_complexity
 from mmseg_inceptionnext.measure.speed import Setting, interleave, measure_speed
-from mmseg_inceptionnext.measure.tables import markdown
 from mmseg_inceptionnext.models.label_map_segmentor import label_map
+from mmseg_inceptionnext.report.markdown import markdown_table
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / 'configs'
@@ -80,7 +80,7 @@ def compare(contestants: dict[str, tuple[Path, Setting]], gmacs: dict[Path, floa
         if gmacs:
             executed = gmacs[contestants[name][0]]
             cells[-1] += [f'{executed:.0f}', f'{executed * row.fps:.0f}']
-    print(markdown(header, cells))
+    print(markdown_table(header, cells))
     fail(failures)
 
 
@@ -145,7 +145,7 @@ def time_steps(steps: dict[str, Callable], repeat: int) -> None:
         ratios = [results[0]['seconds'] / results[i]['seconds'] for results in rounds]
         cells.append([name, f'{1000 * statistics.median(seconds):.0f}', f'{statistics.median(ratios):.2f}',
                       f'{min(ratios):.2f} – {max(ratios):.2f}'])  # fmt: skip
-    print(markdown(['', 'ms', 'ratio to the first', 'spread'], cells))
+    print(markdown_table(['', 'ms', 'ratio to the first', 'spread'], cells))
 
 
 def timed(step: Callable) -> Callable[[], dict]:

@@ -79,7 +79,7 @@ def test_accumulated_gradients_train_as_the_whole_batch_does(tiny_cfg, tmp_path)
         'model.backbone.norm_eval': True, 'model.backbone.drop_path_rate': 0.0, 'model.decode_head.dropout_ratio': 0.0,
         'model.neck.norm_cfg': None, 'model.decode_head.norm_cfg': None,
         'train_cfg.max_iters': 4, 'train_cfg.val_interval': 4, 'default_hooks.checkpoint.interval': 2,
-        'auto_scale_lr.base_batch_size': 4, 'optim_wrapper.optimizer': dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=0),
+        'auto_scale_lr.base_batch_size': 4,
     })  # fmt: skip
     tiny_cfg.optim_wrapper.optimizer = dict(type='SGD', lr=0.1, momentum=0.9)
     tiny_cfg.train_dataloader.batch_size = 4

@@ -13,7 +13,7 @@ import mmseg_inceptionnext
 def test_importing_registers_everything():
     for registry, names in (
         (MODELS, ['InceptionNeXt', 'LabelMapSegmentor', 'LateUpsampleUPerHead']),
-        (HOOKS, ['OverlayHook', 'SeedIterationHook', 'StopOnNonFiniteLossHook']),
+        (HOOKS, ['OverlayHook', 'SeedIterationHook', 'StopOnNonFiniteLossHook', 'ValidationSamplesHook']),
         (TRANSFORMS, ['CheckAnnotation', 'SeedAugmentation']),
         (METRICS, ['PerClassIoUMetric']),
         (DATA_SAMPLERS, ['ReproducibleInfiniteSampler']),
@@ -41,10 +41,17 @@ def test_wheel_holds_the_package_and_works_elsewhere(tmp_path):
     subprocess.run([*command, '--wheel-dir', tmp_path, ROOT], check=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob('mmseg_inceptionnext-*-py3-none-any.whl')
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith('mmseg_inceptionnext/')}
-    source = ROOT / 'mmseg_inceptionnext'
-    assert packed == {str(path.relative_to(ROOT)) for path in source.rglob('*.py')}
-    program = 'import sys; sys.path.insert(0, sys.argv[1]); import mmseg_inceptionnext as m; print(m.__file__)'
-    process = subprocess.run(
-        [sys.executable, '-c', program, wheel], cwd=tmp_path, capture_output=True, text=True, check=True
+    files = [path for path in (ROOT / 'mmseg_inceptionnext').rglob('*') if path.suffix in ('.py', '.j2')]
+    modules = {str(path.relative_to(ROOT)) for path in files}
+    configs = {f'mmseg_inceptionnext/.mim/{p.relative_to(ROOT)}' for p in (ROOT / 'configs').rglob('*.py')}
+    assert packed == modules | configs
+    zipfile.ZipFile(wheel).extractall(tmp_path / 'site')
+    program = (
+        'import sys; sys.path.insert(0, sys.argv[1]); from mmseg_inceptionnext.config import read_config; '
+        "print(read_config('upernet/inceptionnext_t').filename)"
     )
-    assert str(wheel) in process.stdout
+    process = subprocess.run(
+        [sys.executable, '-c', program, tmp_path / 'site'], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    expected = tmp_path / 'site' / 'mmseg_inceptionnext' / '.mim' / 'configs' / 'upernet' / 'inceptionnext_t.py'
+    assert process.stdout.strip() == str(expected)

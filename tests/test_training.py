@@ -1,6 +1,7 @@
 import pickle
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,12 +9,14 @@ import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
 from mmseg.registry import DATASETS, HOOKS
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmseg_inceptionnext import UserError
+from mmseg_inceptionnext import UserError, ValidationSamplesHook
 from mmseg_inceptionnext.config import fit_to_device
 from mmseg_inceptionnext.training.mixed_precision import use_mixed_precision
 from mmseg_inceptionnext.training.reproducible import Draw, ReproducibleInfiniteSampler, SeedAugmentation
-from mmseg_inceptionnext.training.train import train
+from mmseg_inceptionnext.training.train import summary, train
 from mmseg_inceptionnext.weights import read_checkpoint
 
 
@@ -205,3 +208,40 @@ def test_a_config_that_is_no_recipe(tiny_cfg):
     tiny_cfg.pop('train_dataloader')
     with pytest.raises(UserError, match='lacks train_dataloader'):
         train(tiny_cfg)
+
+
+def test_scalars_and_pictures_are_in_tensorboard(tiny_cfg):
+    """Loss, learning rate and mIoU by iteration; the same validation images at each validation."""
+    tiny_cfg.train_cfg.val_interval = 3
+    runner = train(tiny_cfg, weights='none', seed=5)
+    folder = Path(runner.visualizer._vis_backends['TensorboardVisBackend']._save_dir)
+    events = EventAccumulator(str(folder)).Reload()
+    for tag, steps in (('loss', range(1, 7)), ('lr', range(1, 7)), ('mIoU', (3, 6))):
+        assert [event.step for event in events.Scalars(tag)] == list(steps)
+    mean = runner.message_hub.get_scalar('train/loss').mean()  # as mmengine logs it
+    assert events.Scalars('loss')[-1].value == pytest.approx(mean)
+    for name in ('val_ADE_val_00000001', 'val_ADE_val_00000002'):
+        assert [event.step for event in events.Images(name)] == [3, 6]
+        picture = Image.open(folder / 'vis_image' / f'{name}_6.png')
+        assert picture.width > 3 * 96  # image, truth and prediction
+
+
+@pytest.mark.parametrize(('total', 'expected'), [(16, [0, 5, 10, 15]), (2, [0, 1]), (1, [0])])
+def test_validation_samples_are_spread_evenly(total, expected):
+    hook = ValidationSamplesHook(num_images=4)
+    hook.before_val(SimpleNamespace(val_dataloader=[None] * total))
+    assert sorted(hook.chosen) == expected
+
+
+def test_the_summary_names_the_best_checkpoint(tiny_cfg):
+    tiny_cfg.train_cfg.val_interval = 2
+    end = summary(train(tiny_cfg, weights='none', seed=5))
+    assert end['checkpoint'].name == f'best_mIoU_iter_{end["iteration"]}.pth' and end['checkpoint'].is_file()
+    assert end['config'].is_file() and end['best'] >= 0
+
+
+def test_the_summary_of_a_run_without_validation(tiny_cfg):
+    tiny_cfg.merge_from_dict({'default_hooks.checkpoint.save_best': None})
+    tiny_cfg.update(val_dataloader=None, val_evaluator=None, val_cfg=None)
+    end = summary(train(tiny_cfg, weights='none', seed=5))
+    assert (end['best'], end['iteration'], end['checkpoint'].name) == (None, 6, 'iter_6.pth')
