@@ -24,8 +24,8 @@ class LabelMapSegmentor(EncoderDecoder):
     class's arithmetic is the same. Where the two sizes are equal the second up-sampling changes nothing and is left
     out.
 
-    ``test_cfg=dict(return_logits=True)`` gives the logits, too, by mmseg's own way, as test-time augmentation needs. So
-    do sliding windows, a single output channel with a threshold, and a head with a ``predict`` of its own.
+    ``test_cfg=dict(return_logits=True)`` gives the logits, too, by mmseg's own way, as its SegTTAModel needs. So do
+    sliding windows, a single output channel with a threshold, and a head with a ``predict`` of its own.
     """
 
     def predict(self, inputs: Tensor, data_samples: list[SegDataSample] | None = None) -> list[SegDataSample]:
