@@ -40,33 +40,45 @@ def classes_of_checkpoint(checkpoint: dict, path: str | Path) -> Classes:
     Raises:
         UserError: it does not have them.
     """
+    meta = _dataset_meta(checkpoint)
+    try:
+        names = tuple(str(name).strip() for name in meta['classes'])
+        palette = tuple((int(red), int(green), int(blue)) for red, green, blue in meta['palette'])
+    except (KeyError, TypeError, ValueError):
+        names, palette = (), ()
+    if not names or len(names) != len(palette):
+        raise UserError(f'{path} does not say what its classes are: {_HELP}')
+    return Classes(names, palette, reduces_zero_label(checkpoint))
+
+
+def reduces_zero_label(checkpoint: dict) -> bool:
+    """Whether the data set that a checkpoint was trained on has label + 1 in its files; if it does not say, yes."""
+    return bool(_dataset_meta(checkpoint).get('reduce_zero_label', True))
+
+
+def _dataset_meta(checkpoint: dict) -> dict:
     meta = checkpoint.get('meta')
     meta = meta.get('dataset_meta') if isinstance(meta, dict) else None
-    names, palette = (meta.get(key) for key in ('classes', 'palette')) if isinstance(meta, dict) else (None, None)
-    if names is None or palette is None or len(names) != len(palette):
-        raise UserError(f'{path} does not say what its classes are: {_HELP}')
-    return Classes(
-        tuple(str(name).strip() for name in names),
-        tuple(tuple(int(value) for value in colour) for colour in palette),
-        bool(meta.get('reduce_zero_label', True)),
-    )
+    return meta if isinstance(meta, dict) else {}
 
 
-def read_classes(source: str | Path) -> Classes:
+def read_classes(source: str | Path, reduce_zero_label: bool = True) -> Classes:
     """Classes by name of a data set, or from a file.
 
     Args:
         source: 'ade20k', or a text file with one class a line: its name, and if wanted its colour as #RRGGBB. Classes
             without one get colours of hues far apart.
+        reduce_zero_label: How label maps of these classes are coded, which a file does not say.
 
     Raises:
         UserError: no such file, or one without classes.
     """
     if str(source) == 'ade20k':
         meta = ADE20KDataset.METAINFO
-        return Classes(tuple(name.strip() for name in meta['classes']), tuple(map(tuple, meta['palette'])))
+        names = tuple(name.strip() for name in meta['classes'])
+        return Classes(names, tuple(map(tuple, meta['palette'])), reduce_zero_label)
     try:
-        lines = [line.strip() for line in Path(source).read_text(encoding='utf-8').splitlines()]
+        lines = [line.strip() for line in Path(source).read_text(encoding='utf-8-sig').splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'cannot read classes from {source} ({error}): {_HELP}') from error
     lines = [line for line in lines if line]
@@ -75,11 +87,13 @@ def read_classes(source: str | Path) -> Classes:
     names, palette = [], []
     for index, line in enumerate(lines):
         name, colour = re.fullmatch(r'(.*?)(?:[\s,]+#([0-9a-fA-F]{6}))?', line).groups()
+        if not name or name.split()[-1].startswith('#'):
+            raise UserError(f'{source}: {line!r} is neither NAME nor NAME #RRGGBB')
         names.append(name)
         palette.append(tuple(bytes.fromhex(colour)) if colour else _distinct_colour(index))
     if len(set(names)) < len(names):
         raise UserError(f'{source} names {next(n for n in names if names.count(n) > 1)!r} twice: names must differ')
-    return Classes(tuple(names), tuple(palette))
+    return Classes(tuple(names), tuple(palette), reduce_zero_label)
 
 
 def check_number(classes: Sequence, expected: int, source: str) -> None:

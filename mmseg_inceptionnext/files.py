@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to, in the same folder and with the same ending; it becomes ``path`` if all goes well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.stem}.{os.getpid()}.part{path.suffix}')
+    partial = path.with_name(f'.{secrets.token_hex(4)}.part{path.suffix}')
     try:
         yield partial
         os.replace(partial, path)

@@ -17,29 +17,33 @@ def read_image(source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
 
     Files are turned as their EXIF orientation says; grey, palette, CMYK and 16-bit images become 8-bit RGB, alpha is
     dropped, of an animation the first frame is taken. What mmseg's pipelines read (by OpenCV) is the same, but for
-    CMYK, whose values may differ by one.
+    CMYK and YCbCr, whose values may differ by one.
 
     Args:
         source: A path; a PIL image of any mode; or an array of RGB (H, W, 3) or grey (H, W) values, uint8.
 
     Returns:
-        (H, W, 3) uint8, RGB.
+        (H, W, 3) uint8, RGB; never the memory of an array that was given.
 
     Raises:
-        UserError: no such file, or one that is no image, truncated, of floating-point values, or a decompression bomb.
+        UserError: no such file, or one that is no image, truncated, of floating-point values, a decompression bomb, or
+            without a pixel.
         TypeError: neither of these, or an array of another shape or dtype.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.ndim == 3 and source.shape[2] != 3:
             raise TypeError(f'expected an array (H, W, 3) or (H, W) of uint8, got {source.shape} of {source.dtype}')
-        return source if source.ndim == 3 else np.repeat(source[..., None], 3, axis=2)
+        pixels = source.copy() if source.ndim == 3 else np.repeat(source[..., None], 3, axis=2)
+        return _not_empty(pixels)
     if isinstance(source, Image.Image):
-        return _pixels(source)
+        return _not_empty(_pixels(source))
     if not isinstance(source, (str, Path)):
         raise TypeError(f'expected a path, a PIL image or an array, got {type(source).__name__}')
+    if Path(source).exists() and not Path(source).is_file():
+        raise UserError(f'{source}: a directory, a pipe or a device, not a file')
     try:
         with Image.open(source) as image:
-            return _pixels(image)
+            return _not_empty(_pixels(image))
     except FileNotFoundError as error:
         raise UserError(f'{source}: no such file') from error
     except UserError as error:
@@ -48,6 +52,12 @@ def read_image(source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
         raise UserError(f'{source}: not an image, or of a format that Pillow does not read') from error
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # Pillow's, on damage
         raise UserError(f'{source}: {getattr(error, "strerror", None) or error}') from error
+
+
+def _not_empty(pixels: np.ndarray) -> np.ndarray:
+    if not pixels.size:
+        raise UserError('an image without a pixel')
+    return pixels
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

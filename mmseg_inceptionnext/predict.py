@@ -65,7 +65,7 @@ def find_sources(inputs: Sequence[str], out: Path, lines: Iterable[str] = ()) ->
     found: list[tuple[Path, Path]] = []
     for text in inputs:
         if text == '-':
-            paths = [Path(line.rstrip('\n')) for line in lines if line.strip()]
+            paths = [Path(line.rstrip('\r\n')) for line in lines if line.strip()]
             found += [(path, Path(path.name)) for path in paths]
         else:
             found += _expand(text, out)
@@ -74,7 +74,7 @@ def find_sources(inputs: Sequence[str], out: Path, lines: Iterable[str] = ()) ->
         if (real := os.path.realpath(path)) in seen:
             continue
         seen.add(real)
-        name = _not_reserved(name.with_suffix('') if name.name else Path('unnamed'))
+        name = _inside(name)
         numbered = (name.with_name(f'{name.name}-{number}') for number in count(2))
         # Names that differ in case only are one on some file systems.
         name = next(candidate for candidate in chain([name], numbered) if str(candidate).lower() not in names)
@@ -95,25 +95,37 @@ def _expand(text: str, out: Path) -> list[tuple[Path, Path]]:
     else:
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
         found = [p for p in map(Path, sorted(glob.glob(text, recursive=True))) if p.is_file() and _has_known_suffix(p)]
-    found = [p for p in found if not p.resolve().is_relative_to(out.resolve())]
+    inside = os.path.join(os.path.realpath(out), '')
+    found = [p for p in found if not os.path.realpath(p).startswith(inside)]
     if not found:
         raise UserError(f'{text} holds no image and no video outside of {out}')
     return [(p, p.relative_to(root)) for p in found]
 
 
 def _walk(folder: Path) -> list[Path]:
-    paths = (Path(root, file) for root, _, files in os.walk(folder) for file in files if not file.startswith('.'))
-    return sorted(filter(_has_known_suffix, paths))
+    found = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        paths = (Path(root, name) for name in files if not name.startswith('.'))
+        # A link that leads nowhere is reported later; a pipe would be waited for.
+        found += [path for path in paths if _has_known_suffix(path) and (path.is_file() or path.is_symlink())]
+    return sorted(found)
 
 
 def _has_known_suffix(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES
 
 
-def _not_reserved(name: Path) -> Path:
-    """Overlays must not come between the label maps."""
-    first, *others = name.parts
-    return Path(f'{first}-2', *others) if others and first.lower() in (_LABELS, _VIDEO_LABELS) else name
+def _inside(name: Path) -> Path:
+    """A relative path, without its ending, that leads neither out of the output folder nor between the label maps.
+
+    Folders do not end as the files that are written do, so that none has the name of one.
+    """
+    *folders, file = [part for part in name.parts if part not in ('..', name.anchor)] or ['unnamed']
+    folders = [f'{part}-2' if part.lower().endswith(('.png', '.mp4')) else part for part in folders]
+    if folders and folders[0].lower() in (_LABELS, _VIDEO_LABELS):
+        folders[0] += '-2'
+    return Path(*folders, Path(file).with_suffix(''))
 
 
 @dataclass(frozen=True)
@@ -170,8 +182,11 @@ def predict(
         before it broke is kept.
 
     Raises:
-        UserError: an output exists, and ``overwrite`` is not set; or it cannot be written.
+        UserError: an output exists, and ``overwrite`` is not set; or it is one of the sources, or cannot be written.
     """
+    inputs = {os.path.realpath(source.path) for source in sources}
+    if own := [path for path in output.existing(sources) if os.path.realpath(path) in inputs]:
+        raise UserError(f'{own[0]} would be written, but is one of the images to read: choose another --out')
     if not overwrite and (existing := output.existing(sources)):
         more = f' and {len(existing) - 1} more' if len(existing) > 1 else ''
         raise UserError(f'{existing[0]}{more} exist already: pass --overwrite, or choose another --out')
@@ -240,6 +255,8 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
                 result.label_image().save(path)
         on_progress(1)
 
+    for stale in output.labels_of(source).glob('[0-9]*.png'):  # of a longer video, overwritten
+        stale.unlink()
     # One thread to read and one to write: frame goes after frame.
     with closing(film), ThreadPoolExecutor(1) as reader, _Writer() as writer:
         frames = takewhile(lambda frame: frame is not None, (

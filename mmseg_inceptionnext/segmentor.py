@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from mmcv.transforms import Compose
@@ -16,7 +18,13 @@ from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 from PIL import Image
 
-from mmseg_inceptionnext.classes import Classes, check_number, classes_of_checkpoint, read_classes
+from mmseg_inceptionnext.classes import (
+    Classes,
+    check_number,
+    classes_of_checkpoint,
+    read_classes,
+    reduces_zero_label,
+)
 from mmseg_inceptionnext.config import fit_to_device, read_config, require
 from mmseg_inceptionnext.data.pipeline import leaves, of_arrays
 from mmseg_inceptionnext.errors import UserError
@@ -25,6 +33,9 @@ from mmseg_inceptionnext.inference import optimize_for_inference
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
 from mmseg_inceptionnext.report.overlay import draw_overlay, under_legend
 from mmseg_inceptionnext.weights import load_segmentor, read_checkpoint
+
+# Of what the network sees, in pixels: its last feature map has a stride of 32.
+_SMALLEST_SIDE = 32
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,10 @@ class Segmentor:
         init_default_scope(cfg.get('default_scope', 'mmseg'))
         self.device = _device(device)
         content = read_checkpoint(checkpoint)
-        self.classes = read_classes(classes) if classes is not None else classes_of_checkpoint(content, checkpoint)
+        if classes is None:
+            self.classes = classes_of_checkpoint(content, checkpoint)
+        else:
+            self.classes = read_classes(classes, reduce_zero_label=reduces_zero_label(content))
 
         fit_to_device(cfg)
         cfg.model.backbone.init_cfg = None  # everything comes from the checkpoint
@@ -148,6 +162,8 @@ class Segmentor:
         """
         if not isinstance(images, (list, tuple)):
             return self.predict([self.prepare(read_image(images))])[0]
+        if batch_size < 1:
+            raise ValueError(f'batch_size={batch_size} must be at least 1')
         results = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
@@ -155,8 +171,20 @@ class Segmentor:
         return results
 
     def prepare(self, image: np.ndarray) -> dict:
-        """What :meth:`predict` takes, of an image (H, W, 3) uint8, RGB. May be called from several threads."""
-        packed = self._pipeline(dict(img=np.ascontiguousarray(image[..., ::-1])))  # mmseg's pipelines are BGR
+        """What :meth:`predict` takes, of an image (H, W, 3) uint8, RGB. May be called from several threads.
+
+        Raises:
+            UserError: the image is so thin that a side vanishes when it is brought to the test scale.
+        """
+        height, width = image.shape[:2]
+        seen = (0, 0)
+        with suppress(cv2.error, ZeroDivisionError):  # of a resize to a side without a pixel
+            packed = self._pipeline(dict(img=np.ascontiguousarray(image[..., ::-1])))  # mmseg's pipelines are BGR
+            seen = packed['inputs'].shape[1:]
+        if min(seen) < _SMALLEST_SIDE:
+            raise UserError(
+                f'{width}×{height} pixels are too thin: at the test scale, no side may be shorter than {_SMALLEST_SIDE}'
+            )
         return dict(packed, image=image)
 
     @torch.inference_mode()
@@ -177,7 +205,7 @@ class Segmentor:
 def _device(name: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(name if name is not None else get_device())
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:  # what torch raises for a wrong name or an absent device
         reason = str(error).strip().splitlines()[0]
         raise UserError(f'--device {name} cannot be used here ({reason}): choose cpu, or leave it out') from error

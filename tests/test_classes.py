@@ -14,7 +14,8 @@ def test_ade20k_is_mmsegs():
 
 
 def test_a_file_of_names_and_colours(tmp_path):
-    (tmp_path / 'c.txt').write_text('background #000000\n\ntraffic light, #FF8000\npotted plant\nbin\n', 'utf-8')
+    lines = 'background #000000\n\ntraffic light, #FF8000\npotted plant\nbin\n'
+    (tmp_path / 'c.txt').write_text(lines, 'utf-8-sig')  # as some editors write it
     classes = read_classes(tmp_path / 'c.txt')
     assert classes.names == ('background', 'traffic light', 'potted plant', 'bin')
     assert classes.palette[:2] == ((0, 0, 0), (255, 128, 0))
@@ -29,7 +30,8 @@ def test_colours_that_are_not_given_differ(tmp_path):
 
 @pytest.mark.parametrize(
     ('content', 'message'),
-    [(None, 'cannot read'), (b'\n', 'holds no classes'), (b'a\nb\na', "'a' twice"), (b'\xff\xfe', 'cannot read')],
+    [(None, 'cannot read'), (b'\n', 'holds no classes'), (b'a\nb\na', "'a' twice"), (b'\xff\xfe', 'cannot read'),
+     (b'road #zzzzzz', 'neither NAME nor NAME #RRGGBB'), (b'#ff0000', 'neither NAME nor')],
 )  # fmt: skip
 def test_files_that_do_not_do(tmp_path, content, message):
     path = tmp_path / 'c.txt'
@@ -41,8 +43,11 @@ def test_files_that_do_not_do(tmp_path, content, message):
 
 @pytest.mark.parametrize(
     'checkpoint',
-    [{}, {'meta': {}}, {'meta': None}, {'meta': {'dataset_meta': None}},
-     {'meta': {'dataset_meta': {'classes': ['a']}}}, {'meta': {'dataset_meta': {'classes': ['a'], 'palette': []}}}],
+    [{}, {'meta': {}}, {'meta': None}, {'meta': {'dataset_meta': None}}, *(
+        {'meta': {'dataset_meta': meta}}
+        for meta in (dict(classes=['a']), dict(classes=['a'], palette=[]), dict(classes=['a'], palette=['x']),
+                     dict(classes=5, palette=5))
+    )],
 )  # fmt: skip
 def test_a_checkpoint_without_classes_is_not_guessed(checkpoint):
     with pytest.raises(UserError, match=r'x\.pth does not say what its classes are: pass classes \(--classes\)'):

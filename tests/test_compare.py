@@ -43,7 +43,18 @@ def test_other_classes():
         compare_reports(A, report(1, **dict.fromkeys(A['per_class'], 1.0), moon=2.0))
 
 
-@pytest.mark.parametrize('content', [None, '', '[]', '{}', '{"per_class": {"a": {"IoU": "x"}}}', '{"per_class": 3}'])
+@pytest.mark.parametrize(
+    'content',
+    [
+        None,
+        '',
+        '[]',
+        '{}',
+        '{"per_class": {"a": {"IoU": "x"}}}',
+        '{"per_class": 3}',
+        json.dumps(A | {'images': [{'path': 5}]}),
+    ],
+)
 def test_files_that_are_no_reports(tmp_path, content):
     if content is not None:
         (tmp_path / 'report.json').write_text(content)

@@ -1,5 +1,7 @@
 """Images are read as mmseg's pipelines read them, and what cannot be read says why."""
 
+import os
+
 import mmcv
 import numpy as np
 import pytest
@@ -62,7 +64,7 @@ def test_arrays():
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
     assert np.array_equal(read_image(grey), np.stack([grey] * 3, axis=2))
     rgb = np.zeros((3, 4, 3), np.uint8)
-    assert read_image(rgb) is rgb
+    assert np.array_equal(read_image(rgb), rgb) and not np.shares_memory(read_image(rgb), rgb)
     for wrong in (rgb.astype(np.float32), np.zeros((3, 4, 4), np.uint8), np.zeros(3, np.uint8)):
         with pytest.raises(TypeError, match=r'expected an array \(H, W, 3\)'):
             read_image(wrong)
@@ -100,6 +102,16 @@ def test_what_cannot_be_read_says_why(tmp_path, how, message):
     assert str(path) in str(error.value) and '\n' not in str(error.value)
 
 
-def test_a_folder_is_no_image(tmp_path):
-    with pytest.raises(UserError, match='[Dd]irectory'):
-        read_image(tmp_path)
+def test_neither_folders_nor_pipes_are_images(tmp_path):
+    os.mkfifo(tmp_path / 'pipe.jpg')
+    for path in (tmp_path, tmp_path / 'pipe.jpg'):
+        with pytest.raises(UserError, match='not a file'):
+            read_image(path)
+
+
+@pytest.mark.parametrize(
+    'source', [np.zeros((0, 4, 3), np.uint8), np.zeros((4, 0), np.uint8), Image.new('RGB', (0, 4))]
+)
+def test_an_image_without_a_pixel(source):
+    with pytest.raises(UserError, match='without a pixel'):
+        read_image(source)

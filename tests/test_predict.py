@@ -1,5 +1,6 @@
 """Files in, files out: every input form, names that never collide, nothing lost and nothing overwritten."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -97,6 +98,28 @@ def test_output_is_not_taken_for_input(folder):
         find_sources(['in'], Path('in'))
 
 
+def test_names_that_are_folders_elsewhere(folder):
+    """a.jpg is written as a.png, where the images of a folder a.png would go."""
+    Path('in/a.png').mkdir()
+    Path('in/sub/b.PNG').rename('in/a.png/b.png')
+    sources = find_sources(['in'], Path('out'))
+    files = {Output(Path('out')).overlay_of(source) for source in sources}
+    assert len(files) == 3 and not files & {parent for path in files for parent in path.parents}
+
+
+def test_globs_do_not_lead_out(folder):
+    (source,) = find_sources(['i*/../other/a.jpg'], Path('out'))
+    assert Output(Path('out')).overlay_of(source) == Path('out/in/other/a.png')
+
+
+def test_links_in_a_circle_and_pipes(folder):
+    Path('in/circle.jpg').symlink_to('circle.jpg')
+    os.mkfifo('in/pipe.jpg')
+    Path('in/.hidden').mkdir()
+    Path('in/sub/a.jpg').rename('in/.hidden/a.jpg')
+    assert set(names(find_sources(['in'], Path('out')))) == {'in/a.jpg', 'in/sub/b.PNG', 'in/circle.jpg'}
+
+
 def test_inputs_that_are_nothing(folder):
     Path('empty').mkdir()
     for inputs, message in (
@@ -112,8 +135,11 @@ def test_writes_overlays_and_label_maps_and_skips_what_cannot_be_read(folder, se
     Path('in/sub/broken.jpg').write_bytes(b'text')
     sources = [*find_sources(['in'], Path('out')), Source(Path('nowhere.jpg'), Path('nowhere'))]
     written = []
+    Image.new('RGB', (3000, 1)).save('in/sub/thin.jpg')
+    sources += [Source(Path('in/sub/thin.jpg'), Path('thin'))]
     failures = predict(segmentor, sources, Output(Path('out'), legend=True, labels=True), 2, on_progress=written.append)
-    assert failures.keys() == {'in/sub/broken.jpg', 'nowhere.jpg'} and failures['nowhere.jpg'] == 'no such file'
+    assert failures.keys() == {'in/sub/broken.jpg', 'in/sub/thin.jpg', 'nowhere.jpg'}
+    assert failures['nowhere.jpg'] == 'no such file'
     assert sum(written) == 3
     files = sorted(str(path.relative_to('out')) for path in Path('out').rglob('*') if path.is_file())
     assert files == ['a.png', 'labels/a.png', 'labels/sub/a.png', 'labels/sub/b.png', 'sub/a.png', 'sub/b.png']
@@ -133,6 +159,19 @@ def test_nothing_is_overwritten_unless_asked(folder, segmentor):
     assert Image.open('out/a.png').size == (40, 30)
 
 
+def test_an_input_is_never_overwritten(folder, segmentor):
+    Image.new('RGB', (40, 30)).save('a.png')
+    with pytest.raises(UserError, match='a.png would be written, but is one of the images to read'):
+        predict(segmentor, find_sources(['a.png'], Path('.')), Output(Path('.')), overwrite=True)
+
+
+def test_names_as_long_as_file_systems_allow(folder, segmentor):
+    path = Path('in') / f'{"x" * 251}.jpg'
+    Path('in/a.jpg').rename(path)
+    assert predict(segmentor, find_sources([str(path)], Path('out')), Output(Path('out'))) == {}
+    assert [p.stem for p in Path('out').iterdir()] == [path.stem]
+
+
 def test_a_video_becomes_a_video(folder, segmentor):
     sources = find_sources([str(video(folder / 'film.mp4')), 'in/a.jpg'], Path('out'))
     assert count_images(sources) == 6
@@ -144,6 +183,9 @@ def test_a_video_becomes_a_video(folder, segmentor):
     maps = sorted(Path('out/video_labels/film').iterdir())
     assert [path.name for path in maps] == [f'{i:06d}.png' for i in range(1, 6)]
     assert all(Image.open(path).size == (48, 34) for path in maps)
+    video(folder / 'film.mp4', frames=3)
+    predict(segmentor, sources, Output(Path('out'), labels=True), overwrite=True)
+    assert len(list(Path('out/video_labels/film').iterdir())) == 3
 
 
 def test_videos_that_are_none(folder, segmentor):

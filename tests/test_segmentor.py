@@ -80,8 +80,36 @@ def test_mistakes(trained, segmentor, tmp_path):
         segmentor(tmp_path / 'nowhere.jpg')
     with pytest.raises(UserError, match='does not fit the config'):
         Segmentor('mini/fpn_inceptionnext_a', trained)
+    with pytest.raises(UserError, match='--device meta cannot be used here'):
+        Segmentor(TINY_CONFIG, trained, device='meta')
     with pytest.raises(TypeError):
         segmentor(7)
+    with pytest.raises(ValueError, match='batch_size=0'):
+        segmentor([], batch_size=0)
+    with pytest.raises(ValueError, match='opacity=2'):
+        result([[0]]).overlay(opacity=2)
+
+
+@pytest.mark.parametrize('shape', [(1, 3000), (3000, 1), (3, 500)])
+def test_images_too_thin_for_the_network(segmentor, shape):
+    with pytest.raises(UserError, match=f'{shape[1]}×{shape[0]} pixels are too thin'):
+        segmentor(np.zeros((*shape, 3), np.uint8))
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (30, 117), (117, 30)])
+def test_small_images(segmentor, shape):
+    assert segmentor(np.zeros((*shape, 3), np.uint8)).labels.shape == shape
+
+
+def test_a_file_of_classes_leaves_the_coding_as_the_checkpoint_says(trained, paths, tmp_path):
+    content = read_checkpoint(trained)
+    content['meta']['dataset_meta']['reduce_zero_label'] = False
+    torch.save(content, tmp_path / 'plain.pth')
+    coded = [
+        np.asarray(Segmentor(TINY_CONFIG, tmp_path / 'plain.pth', classes=classes)(paths[0]).label_image())
+        for classes in (None, 'ade20k')
+    ]
+    assert np.array_equal(*coded)
 
 
 def result(labels, reduce_zero_label=True) -> Segmentation:

@@ -165,6 +165,9 @@ def test_mistakes_end_in_one_line_and_exit_code_2(work_dir, tool_here, mini_root
     assert_user_error(tool_here('test', TINY_CONFIG, checkpoint, *data, '--out', ''), 'cannot write into')
     assert_user_error(tool_here('train', TINY_CONFIG, *data, '--cfg-options', 'nonsense'), 'KEY=VALUE')
     assert_user_error(tool_here('train', TINY_CONFIG, *data, '--cfg-options', 'model=1'), 'lacks model')
+    for option in ('train_dataloader.batch_size=0', 'train_dataloader.batch_size=x', 'train_cfg.val_interval=0'):
+        process = tool_here('train', TINY_CONFIG, *data, '--dry-run', '--auto-batch', '--cfg-options', option)
+        assert_user_error(process, option.split('=')[0], 'must be a positive whole number')
     assert_user_error(tool_here('train', TINY_CONFIG, *data, '--launcher', 'pytorch'), 'torchrun', 'RANK is not set')
     small = ('--cfg-options', 'model.backbone.arch=atto', 'model.neck.in_channels=[40,80,160,320]')
     assert_user_error(tool_here('test', TINY_CONFIG, checkpoint, *data, *small), 'does not fit', 'shapes differ')

@@ -1,6 +1,7 @@
 """Segment images and videos: overlays, and if wanted label maps."""
 
 import argparse
+import signal
 import sys
 
 from rich.console import Console
@@ -44,8 +45,13 @@ def main() -> None:
     )
     args = parser.parse_args()
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as Ctrl-C does: what is computed is written
     output = Output(args.out, args.opacity, args.legend, args.labels)
-    sources = find_sources(args.inputs, args.out, sys.stdin if '-' in args.inputs else ())
+    lines = ()
+    if '-' in args.inputs and sys.stdin is not None:
+        sys.stdin.reconfigure(errors='surrogateescape')  # names of files are bytes
+        lines = sys.stdin
+    sources = find_sources(args.inputs, args.out, lines)
     segmentor = Segmentor(args.config, args.checkpoint, args.device, args.classes, args.fast)
     columns = [
         BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),

@@ -48,7 +48,9 @@ def read_report(path: str | Path) -> dict:
         ious = [row['IoU'] for row in report['per_class'].values()] + [report[key] for key in HEADLINE]
         if not all(iou is None or isinstance(iou, (int, float)) for iou in ious):
             raise TypeError('a figure is not a number')
-        [image['path'] for image in report['images']]
+        names = [image['path'] for image in report['images']]
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError('a path is not a text')
     except OSError as error:
         raise UserError(f'no report at {file} ({error.strerror}): tools/test.py --report {path} writes one') from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:

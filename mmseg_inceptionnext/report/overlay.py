@@ -29,6 +29,8 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequen
     Returns:
         (H, W, 3) uint8, RGB.
     """
+    if not 0 <= opacity <= 1:
+        raise ValueError(f'opacity={opacity} must be from 0 to 1')
     known = (labels >= 0) & (labels < len(palette))
     colours = np.asarray(palette, dtype=np.float32)[np.where(known, labels, 0)]
     blended = image + opacity * (colours - image)

@@ -82,6 +82,10 @@ def _prepare(cfg: Config, weights: str | None, resume: str | bool, amp: bool, se
     require(cfg, 'model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
     if seed is not None and not 0 <= seed < 2**32:
         raise UserError(f'--seed {seed} must be from 0 to {2**32 - 1}')
+    for section, key in (('train_dataloader', 'batch_size'), ('train_cfg', 'max_iters'), ('train_cfg', 'val_interval')):
+        value = cfg[section].get(key)
+        if value is not None and not (isinstance(value, int) and value > 0):
+            raise UserError(f'{section}.{key}={value!r} must be a positive whole number')
     check_data(cfg, 'train', 'val')
     fit_to_device(cfg)
     if weights is not None:
