@@ -237,10 +237,16 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
                    on_progress: Callable[[int], None]) -> dict[str, str]:  # fmt: skip
     video = cv2.VideoCapture(str(source.path))
     film = _Film(output.overlay_of(source), video.get(cv2.CAP_PROP_FPS) or 25)
+    reason = 'not a video, or of a format that OpenCV does not read' if source.path.is_file() else 'no such file'
 
     def read(_: int) -> dict | None:
+        nonlocal reason
         is_read, frame = video.read()
-        return segmentor.prepare(frame[..., ::-1]) if is_read else None
+        try:
+            return segmentor.prepare(frame[..., ::-1]) if is_read else None
+        except UserError as error:
+            reason = str(error)
+            return None
 
     def write(result: Segmentation) -> None:
         picture = result.overlay(output.opacity)
@@ -255,8 +261,9 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
                 result.label_image().save(path)
         on_progress(1)
 
-    for stale in output.labels_of(source).glob('[0-9]*.png'):  # of a longer video, overwritten
-        stale.unlink()
+    if output.labels:
+        for stale in output.labels_of(source).glob('[0-9]*.png'):  # of a longer video, overwritten
+            stale.unlink()
     # One thread to read and one to write: frame goes after frame.
     with closing(film), ThreadPoolExecutor(1) as reader, _Writer() as writer:
         frames = takewhile(lambda frame: frame is not None, (
@@ -265,10 +272,7 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
         for batch in _batches(frames, batch_size):
             for result in segmentor.predict(batch):
                 writer.submit(write, result)
-    if film.frames:
-        return {}
-    reason = 'not a video, or of a format that OpenCV does not read' if source.path.is_file() else 'no such file'
-    return {str(source.path): reason}
+    return {} if film.frames else {str(source.path): reason}
 
 
 class _Writer:

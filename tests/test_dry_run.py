@@ -31,7 +31,7 @@ def test_with_auto_batch_and_resumed(tiny_cfg):
     assert (resolved.done, resolved.iterations, resolved.batch.images) == (3, 6, 8)
     assert (resolved.batch.per_process, resolved.batch.accumulation) == (2, 4)
     assert resolved.validations == 1 and 'warning' not in str(resolved)
-    tiny_cfg.train_cfg.max_iters = 3
+    tiny_cfg.train_cfg.update(max_iters=3, val_interval=1)
     over = plan(tiny_cfg, resume=str(Path(whole.work_dir) / 'iter_3.pth'), auto_batch=True)
     assert over.seconds is None and 'nothing is left to train' in str(over)
 

@@ -41,7 +41,7 @@ def test_wheel_holds_the_package_and_works_elsewhere(tmp_path):
     subprocess.run([*command, '--wheel-dir', tmp_path, ROOT], check=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob('mmseg_inceptionnext-*-py3-none-any.whl')
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith('mmseg_inceptionnext/')}
-    files = [path for path in (ROOT / 'mmseg_inceptionnext').rglob('*') if path.suffix in ('.py', '.j2')]
+    files = [path for path in (ROOT / 'mmseg_inceptionnext').rglob('*') if path.suffix in ('.py', '.j2', '.typed')]
     modules = {str(path.relative_to(ROOT)) for path in files}
     configs = {f'mmseg_inceptionnext/.mim/{p.relative_to(ROOT)}' for p in (ROOT / 'configs').rglob('*.py')}
     assert packed == modules | configs

@@ -186,12 +186,16 @@ def test_a_video_becomes_a_video(folder, segmentor):
     video(folder / 'film.mp4', frames=3)
     predict(segmentor, sources, Output(Path('out'), labels=True), overwrite=True)
     assert len(list(Path('out/video_labels/film').iterdir())) == 3
+    predict(segmentor, sources, Output(Path('out')), overwrite=True)  # which is not about the label maps
+    assert len(list(Path('out/video_labels/film').iterdir())) == 3
 
 
 def test_videos_that_are_none(folder, segmentor):
     Path('text.mp4').write_text('no video')
-    sources = find_sources(['text.mp4', 'nowhere.mp4', 'in/a.jpg'], Path('out'))
+    video(Path('thin.mp4'), size=(1600, 16))
+    sources = find_sources(['text.mp4', 'nowhere.mp4', 'thin.mp4', 'in/a.jpg'], Path('out'))
     failures = predict(segmentor, sources, Output(Path('out')))
+    assert '1600×16 pixels are too thin' in failures.pop('thin.mp4')
     assert failures == {
         'text.mp4': 'not a video, or of a format that OpenCV does not read', 'nowhere.mp4': 'no such file'
     }  # fmt: skip

@@ -17,10 +17,10 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'),
 )
+# Without a name: mmengine would hand the visualizer of one run to the next in the same process.
 visualizer = dict(
     type='SegLocalVisualizer',
     vis_backends=[dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')],
-    name='visualizer',
 )
 log_processor = dict(by_epoch=False)
 log_level = 'INFO'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -102,10 +103,10 @@ def dry_run(cfg: Config, make_runner: Callable[[Config], Runner]) -> Plan:
         cfg: A whole config; it is changed.
         make_runner: Of it.
     """
-    stopwatch = dict(type='_StopwatchHook')
-    cfg.custom_hooks = [*cfg.get('custom_hooks', []), stopwatch]
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='_StopwatchHook')]
     cfg.default_hooks.checkpoint = None
     cfg.log_level = 'WARNING'
+    cfg.train_cfg.val_begin = sys.maxsize  # one batch is validated below, not the whole set
     cfg.visualizer = dict(type='SegLocalVisualizer')
     has_validation = cfg.get('val_dataloader') is not None
     with tempfile.TemporaryDirectory() as folder:
