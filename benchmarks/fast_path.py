@@ -13,15 +13,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from mmengine.registry import init_default_scope
-from mmseg.models.segmentors import EncoderDecoder
+from mmseg.models.segmentors import EncoderDecoder, SegTTAModel
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
 from mmseg_inceptionnext.command_line import fail, run
 from mmseg_inceptionnext.config import fit_to_device, read_config
+from mmseg_inceptionnext.data.pipeline import RATIOS
 from mmseg_inceptionnext.measure.complexity import measure_complexity
 from mmseg_inceptionnext.measure.speed import Setting, interleave, measure_speed
 from mmseg_inceptionnext.models.label_map_segmentor import label_map
+from mmseg_inceptionnext.models.multi_scale_segmentor import multi_scale_label_map
 from mmseg_inceptionnext.report.markdown import markdown_table
 
 HERE = Path(__file__).parent
@@ -109,11 +111,7 @@ def tail(repeat: int) -> None:
     """From the logits of a head to the label map."""
     logits = F.interpolate(torch.randn(1, 150, 16, 21), (128, 171), mode='bicubic')
     meta = dict(ori_shape=(512, 683), img_shape=(512, 683))
-    cfg = read_config(OURS['UperNet'])
-    fit_to_device(cfg)
-    cfg.model.backbone.init_cfg = None
-    init_default_scope('mmseg')
-    model = MODELS.build(cfg.model)
+    model = segmentor()
 
     def mmseg() -> None:
         up_sampled = model.decode_head.predict_by_feat(logits, [meta])
@@ -122,6 +120,39 @@ def tail(repeat: int) -> None:
     print('\nFrom logits to the label map, 150 classes, 512×683\n')
     time_steps({"mmseg's predict_by_feat, postprocess_result": mmseg,
                 'LabelMapSegmentor': lambda: label_map(logits[0], (512, 683), meta, False)}, repeat)  # fmt: skip
+
+
+def tail_of_multi_scale(repeat: int) -> None:
+    """From the logits of a head for the twelve views of --tta to the label map."""
+    views, metas = [], []
+    for ratio in RATIOS:
+        height, width = round(128 * ratio), round(171 * ratio)
+        for flip in (False, True):
+            views.append(F.interpolate(torch.randn(1, 150, 16, 21), (height, width), mode='bicubic'))
+            metas.append(dict(ori_shape=(512, 683), img_shape=(4 * height, 4 * width), flip=flip,
+                              flip_direction='horizontal', img_path=''))  # fmt: skip
+    model = segmentor()
+    tta = SegTTAModel(model)
+
+    def mmseg() -> None:
+        samples = []
+        for view, meta in zip(views, metas, strict=True):
+            up_sampled = model.decode_head.predict_by_feat(view, [meta])
+            samples += EncoderDecoder.postprocess_result(model, up_sampled, [SegDataSample(metainfo=meta)])
+        tta.merge_preds([samples])
+
+    print('\nFrom the logits of twelve views to the label map, 150 classes, 512×683\n')
+    time_steps({'mmseg, SegTTAModel': mmseg,
+                'MultiScaleSegmentor': lambda: multi_scale_label_map([view[0] for view in views], metas, False)},
+               repeat)  # fmt: skip
+
+
+def segmentor() -> EncoderDecoder:
+    cfg = read_config(OURS['UperNet'])
+    fit_to_device(cfg)
+    cfg.model.backbone.init_cfg = None
+    init_default_scope('mmseg')
+    return MODELS.build(cfg.model)
 
 
 def machine(repeat: int) -> None:
@@ -167,6 +198,7 @@ TABLES = {
     'head-wide': lambda repeat: head((512, 2048), repeat),
     'train': training_step,
     'tail': tail,
+    'tail-tta': tail_of_multi_scale,
 }
 
 
