@@ -128,14 +128,12 @@ def choose_images(ranked: Sequence[EvaluatedImage], number: int) -> dict[str, Se
 
 
 def _run(checkpoint: str | Path) -> dict:
-    with open(checkpoint, 'rb') as file:
-        digest = hashlib.file_digest(file, 'sha256').hexdigest()
     modules = {'torch': torch, 'timm': timm, 'mmengine': mmengine, 'mmcv': mmcv, 'mmsegmentation': mmseg}
     device = get_device()
     return {
         'command': shlex.join([Path(sys.executable).name, *sys.argv]),
         'checkpoint': str(checkpoint),
-        'sha256': digest,
+        'sha256': hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
         'date': datetime.now().astimezone().isoformat(timespec='seconds'),
         'device': torch.cuda.get_device_name() if device == 'cuda' else device,
         'versions': {
