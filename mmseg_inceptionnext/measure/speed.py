@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import resource
 import signal
 import statistics
 import time
@@ -35,6 +34,7 @@ from mmseg_inceptionnext.config import read_config, set_data_root
 from mmseg_inceptionnext.data.check import check_data
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.inference import optimize_for_inference
+from mmseg_inceptionnext.measure.memory import peak_memory_mb
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
 from mmseg_inceptionnext.training.mixed_precision import use_mixed_precision
 from mmseg_inceptionnext.weights import check_fits, read_checkpoint
@@ -250,11 +250,7 @@ class Subject:
 
     def run_round(self) -> dict[str, float]:
         figures = {name: self._images_per_second(name) for name in self.steps}
-        if self.device == 'cuda':
-            peak = torch.cuda.max_memory_allocated() / 2**20
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        return figures | {'peak_memory_mb': peak}
+        return figures | {'peak_memory_mb': peak_memory_mb(self.device)}
 
     def _sizes(self) -> tuple[int, tuple[int, int]]:
         task, cfg = self.setting.task, self.cfg

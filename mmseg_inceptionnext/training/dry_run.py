@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import tempfile
 import time
@@ -12,10 +11,12 @@ from datetime import timedelta
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 
+from mmseg_inceptionnext.measure.memory import peak_memory_mb
 from mmseg_inceptionnext.training.batch import EffectiveBatch, effective_batch
 
 
@@ -135,8 +136,8 @@ def dry_run(cfg: Config, make_runner: Callable[[Config], Runner]) -> Plan:
             val_interval=cfg.train_cfg.get('val_interval', 1000),
             seconds_per_iteration=hook.seconds[-1] if hook.seconds else None,
             seconds_per_validation_image=hook.validation_seconds,
-            peak_memory_mb=_peak_memory_mb(),
-            device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu',
+            peak_memory_mb=peak_memory_mb(get_device()),
+            device=torch.cuda.get_device_name() if get_device() == 'cuda' else get_device(),
         )
 
 
@@ -169,9 +170,3 @@ class _StopwatchHook(Hook):
             torch.cuda.synchronize()
         then, self.clock = self.clock, time.perf_counter()
         return self.clock - then
-
-
-def _peak_memory_mb() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
