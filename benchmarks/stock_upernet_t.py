@@ -1,13 +1,3 @@
 # What mmseg's users build without this project: its UPerHead and EncoderDecoder on timm's InceptionNeXt-T.
-_base_ = '../configs/upernet/inceptionnext_t.py'
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='TIMMBackbone',
-        model_name='inception_next_tiny',
-        features_only=True,
-        pretrained=False,
-        out_indices=(0, 1, 2, 3),
-    ),
-    decode_head=dict(type='UPerHead'),
-)
+_base_ = ['../configs/upernet/inceptionnext_t.py', './stock_backbone.py']
+model = dict(backbone=dict(_delete_=True, **_base_.stock_backbone), decode_head=dict(type='UPerHead'))

@@ -50,9 +50,9 @@ def find_config(path: str | Path) -> Path:
     root = _shipped_configs()
     shipped = sorted(p for p in root.rglob('*.py') if '_base_' not in p.parts)
     found = [p for p in shipped if p.relative_to(root).with_suffix('').parts[-len(wanted) :] == wanted]
-    if len(found) == 1 and not path.is_absolute():
+    if len(found) == 1:
         return found[0]
-    if found and not path.is_absolute():
+    if found:
         names = ', '.join(str(p.relative_to(root).with_suffix('')) for p in found)
         raise UserError(f'{path} is the name of several configs: say which of {names}')
     raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.inference import optimize_for_inference
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
 from mmseg_inceptionnext.models.multi_scale_segmentor import MultiScaleSegmentor
-from mmseg_inceptionnext.report.confusion import ConfusionMetric
+from mmseg_inceptionnext.report.confusion import HEADLINE, ConfusionMetric
 from mmseg_inceptionnext.report.page import write_report
 from mmseg_inceptionnext.weights import check_fits, read_checkpoint
 
@@ -45,7 +44,7 @@ class PerClassIoUMetric(IoUMetric):
             ratios = self.total_area_to_metrics(*(sum(areas) for areas in zip(*results, strict=True)), ['mIoU'])
             names = (name.strip() for name in self.dataset_meta['classes'])
             self.figures = {
-                **{key: _rounded(metrics[key]) for key in ('mIoU', 'mAcc', 'aAcc')},
+                **{key: _rounded(metrics[key]) for key in HEADLINE},
                 'per_class': {
                     name: {'IoU': _rounded(100 * iou), 'Acc': _rounded(100 * acc)}
                     for name, iou, acc in zip(names, ratios['IoU'], ratios['Acc'], strict=True)
@@ -113,15 +112,10 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
     runner = Runner.from_cfg(cfg)
     check_fits(runner.model, content, checkpoint, ARCHS)
     runner.load_checkpoint(str(checkpoint), map_location='cpu', strict=True)
-    segmentor = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    if not isinstance(segmentor, EncoderDecoder):  # mmseg has others, whose parts have other names
-        if tta:
-            raise UserError(f'--tta is for an EncoderDecoder, and the model is a {type(segmentor).__name__}: drop it')
-        fast = False
-    if fast:
-        _replace_model(runner, optimize_for_inference)
-    if tta:
-        _replace_model(runner, MultiScaleSegmentor)
+    if is_model_wrapper(runner.model):
+        runner.model.module = _prepared(runner.model.module, fast, tta)
+    else:
+        runner.model = _prepared(runner.model, fast, tta)
     if out is not None or show_dir is not None:
         _check_names_differ(runner.test_dataloader.dataset)
     runner.test()
@@ -142,12 +136,15 @@ def _listed(evaluator: dict | list) -> list:
     return evaluator if isinstance(evaluator, list) else [evaluator]
 
 
-def _replace_model(runner: Runner, make: Callable[[EncoderDecoder], nn.Module]) -> None:
-    """Put what ``make`` makes of the segmentor in its place, inside the wrapper of a distributed run."""
-    if is_model_wrapper(runner.model):
-        runner.model.module = make(runner.model.module)
-    else:
-        runner.model = make(runner.model)
+def _prepared(segmentor: nn.Module, fast: bool, tta: bool) -> nn.Module:
+    """What is evaluated in the place of a trained segmentor."""
+    if not isinstance(segmentor, EncoderDecoder):  # mmseg has others, whose parts have other names
+        if tta:
+            raise UserError(f'--tta is for an EncoderDecoder, and the model is a {type(segmentor).__name__}: drop it')
+        return segmentor
+    if fast:
+        segmentor = optimize_for_inference(segmentor)
+    return MultiScaleSegmentor(segmentor) if tta else segmentor
 
 
 def _iou_metric(cfg: Config) -> dict:

@@ -184,10 +184,11 @@ def predict(
     Raises:
         UserError: an output exists, and ``overwrite`` is not set; or it is one of the sources, or cannot be written.
     """
+    existing = output.existing(sources)
     inputs = {os.path.realpath(source.path) for source in sources}
-    if own := [path for path in output.existing(sources) if os.path.realpath(path) in inputs]:
+    if own := [path for path in existing if os.path.realpath(path) in inputs]:
         raise UserError(f'{own[0]} would be written, but is one of the images to read: choose another --out')
-    if not overwrite and (existing := output.existing(sources)):
+    if existing and not overwrite:
         more = f' and {len(existing) - 1} more' if len(existing) > 1 else ''
         raise UserError(f'{existing[0]}{more} exist already: pass --overwrite, or choose another --out')
     images = [source for source in sources if not source.is_video]

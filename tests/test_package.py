@@ -30,6 +30,13 @@ def test_importing_says_nothing(tmp_path):
     assert (process.returncode, process.stdout, process.stderr) == (0, '', '')
 
 
+def test_importing_leaves_matplotlibs_backend_to_its_user():
+    """pyplot chooses one when it is imported; in a notebook that would be the wrong one."""
+    program = "import sys, mmseg_inceptionnext; print(sys.modules.get('matplotlib').rcParams._get_backend_or_none())"
+    process = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
+    assert process.stdout == 'None\n'
+
+
 def test_version_is_the_installed_one():
     assert version('mmseg-inceptionnext') == mmseg_inceptionnext.__version__
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINY_CONFIG
+from mmengine.config import Config
 
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.evaluation import evaluate
 from mmseg_inceptionnext.report.confusion import EvaluatedImage
-from mmseg_inceptionnext.report.page import choose_images, confused_classes
+from mmseg_inceptionnext.report.page import choose_images, confused_classes, write_report
 
 
 @pytest.fixture(scope='module')
@@ -89,6 +90,13 @@ def test_in_a_browser(report, width):
         assert page.locator('pre').is_visible()
         chromium.close()
     assert problems == []
+
+
+def test_of_images_that_are_unlabelled_altogether(trained, tmp_path):
+    figures = dict(mIoU=None, mAcc=None, aAcc=None, per_class={'a': dict(IoU=None, Acc=None)})
+    images = [EvaluatedImage('x.jpg', b'', b'', np.zeros((0, 3), np.int64))]
+    write_report(tmp_path, figures, images, dict(classes=['a'], palette=[[1, 2, 3]]), Config(), trained)
+    assert 'lowest IoU' not in (tmp_path / 'index.html').read_text()
 
 
 def test_the_most_confused_come_first():

@@ -8,6 +8,7 @@ from mmengine.dist import is_main_process
 from mmseg_inceptionnext.command_line import add_config_options, output_file, output_folder, positive_int, run
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.evaluation import evaluate
+from mmseg_inceptionnext.report.confusion import HEADLINE
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
     if figures is None:
         print(f'The test data have no annotations, so there are no figures. Predictions are in {", ".join(pictures)}')
         return
-    print(', '.join(f'{key} {figures[key]}' for key in ('mIoU', 'mAcc', 'aAcc')))
+    print(', '.join(f'{key} {figures[key]}' for key in HEADLINE))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + '\n')
     if args.report:

@@ -34,7 +34,7 @@ from mmseg_inceptionnext.config import read_config, set_data_root
 from mmseg_inceptionnext.data.check import check_data
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.inference import optimize_for_inference
-from mmseg_inceptionnext.measure.memory import peak_memory_mb
+from mmseg_inceptionnext.measure.machine import device_name, peak_memory_mb
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
 from mmseg_inceptionnext.training.mixed_precision import use_mixed_precision
 from mmseg_inceptionnext.weights import check_fits, read_checkpoint
@@ -242,7 +242,7 @@ class Subject:
         self.facts = dict(
             shape=self.shape,
             batch_size=self.batch_size,
-            device=torch.cuda.get_device_name() if self.device == 'cuda' else self.device,
+            device=device_name(self.device),
             threads=torch.get_num_threads(),
             layout=self.layout,
             versions=dict(torch=torch.__version__, mmseg=mmseg.__version__),

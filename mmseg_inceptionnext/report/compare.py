@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.report.confusion import HEADLINE
 from mmseg_inceptionnext.report.markdown import markdown_table
-
-HEADLINE = ('mIoU', 'mAcc', 'aAcc')
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from mmengine.evaluator import BaseMetric
 from mmseg.registry import METRICS
 from PIL import Image
 
+HEADLINE = ('mIoU', 'mAcc', 'aAcc')
 IGNORED = 255
 
 
@@ -69,8 +70,9 @@ class ConfusionMetric(BaseMetric):
 def confused_pairs(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """(K, 3) int64: true class, predicted class, pixels, of two (H, W) uint8 label maps; 255 in truth is left out."""
     labelled = truth != IGNORED
-    codes, pixels = np.unique(truth[labelled].astype(np.int64) * 256 + prediction[labelled], return_counts=True)
-    return np.stack([codes // 256, codes % 256, pixels], axis=1)
+    pixels = np.bincount(truth[labelled].astype(np.int64) * 256 + prediction[labelled], minlength=1)
+    codes = np.flatnonzero(pixels)
+    return np.stack([codes // 256, codes % 256, pixels[codes]], axis=1)
 
 
 def total_confusion(images: Sequence[EvaluatedImage], num_classes: int) -> np.ndarray:

@@ -14,23 +14,21 @@ from datetime import datetime
 from pathlib import Path
 
 import jinja2
-import matplotlib
 import mmcv
 import mmengine
 import mmseg
 import numpy as np
 import timm
 import torch
+from matplotlib.figure import Figure  # not pyplot, which would choose a backend for whoever imports the package
 from mmengine.config import Config
 from mmengine.device import get_device
 from PIL import Image
 
-from mmseg_inceptionnext.report.confusion import IGNORED, EvaluatedImage, ious, total_confusion
+from mmseg_inceptionnext.measure.machine import device_name
+from mmseg_inceptionnext.report.confusion import HEADLINE, IGNORED, EvaluatedImage, ious, total_confusion
 from mmseg_inceptionnext.report.overlay import draw_overlay
 from mmseg_inceptionnext.version import __version__
-
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt
 
 _PANEL_SIDE = 480  # pixels of the longer side: an image of four panels takes about 100 kB
 _PAIRS_SHOWN = 20
@@ -57,7 +55,7 @@ def write_report(folder: str | Path, figures: dict, images: Sequence[EvaluatedIm
     confusion = total_confusion(images, len(classes))
     ranked = sorted((image for image in images if len(image.pairs)), key=lambda image: image.miou)
     report = {
-        **{key: figures[key] for key in ('mIoU', 'mAcc', 'aAcc')},
+        **{key: figures[key] for key in HEADLINE},
         'per_class': {
             name: {**figures['per_class'][name], 'pixels': int(pixels)}
             for name, pixels in zip(classes, confusion.sum(1), strict=True)
@@ -82,7 +80,7 @@ def write_report(folder: str | Path, figures: dict, images: Sequence[EvaluatedIm
         colours=dict(zip(classes, palette, strict=True)),
         labelled_pixels=int(confusion.sum()),
         pairs=report['confused_pairs'][:_PAIRS_SHOWN],
-        heat_map=_heat_map(confusion, classes),
+        heat_map=_heat_map(confusion, classes) if confusion.any() else None,  # all may be unlabelled
         galleries={
             title: [_panels(image, classes, palette) for image in chosen]
             for title, chosen in choose_images(ranked, num_images).items()
@@ -129,13 +127,12 @@ def choose_images(ranked: Sequence[EvaluatedImage], number: int) -> dict[str, Se
 
 def _run(checkpoint: str | Path) -> dict:
     modules = {'torch': torch, 'timm': timm, 'mmengine': mmengine, 'mmcv': mmcv, 'mmsegmentation': mmseg}
-    device = get_device()
     return {
         'command': shlex.join([Path(sys.executable).name, *sys.argv]),
         'checkpoint': str(checkpoint),
         'sha256': hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
         'date': datetime.now().astimezone().isoformat(timespec='seconds'),
-        'device': torch.cuda.get_device_name() if device == 'cuda' else device,
+        'device': device_name(get_device()),
         'versions': {
             'mmseg_inceptionnext': __version__,
             'python': platform.python_version(),
@@ -150,9 +147,9 @@ def _heat_map(confusion: np.ndarray, classes: Sequence[str]) -> str:
     rows = present[np.argsort(ious(confusion)[present], kind='stable')][:_ROWS_OF_HEAT_MAP]
     shares = 100 * confusion[rows] / confusion[rows].sum(1, keepdims=True)
     columns = [j for j in np.argsort(-shares.sum(0), kind='stable') if shares[:, j].max() >= 1][:_COLUMNS_OF_HEAT_MAP]
-    figure, axes = plt.subplots(
-        figsize=(2.5 + 0.42 * len(columns), 2 + 0.36 * len(rows)), layout='constrained', facecolor='white'
-    )
+    size = (2.5 + 0.42 * len(columns), 2 + 0.36 * len(rows))
+    figure = Figure(figsize=size, layout='constrained', facecolor='white')
+    axes = figure.subplots()
     axes.imshow(shares[:, columns], cmap='Blues', vmin=0, vmax=100, aspect='auto')
     axes.set_xticks(range(len(columns)), [classes[j] for j in columns], rotation=60, ha='right', rotation_mode='anchor')
     axes.set_yticks(range(len(rows)), [classes[i] for i in rows])
@@ -164,7 +161,6 @@ def _heat_map(confusion: np.ndarray, classes: Sequence[str]) -> str:
                           fontweight='bold' if i == j else None, color='white' if share > 55 else 'black')  # fmt: skip
     file = io.BytesIO()
     figure.savefig(file, format='svg')
-    plt.close(figure)
     return _data_uri(file.getvalue(), 'svg+xml')
 
 

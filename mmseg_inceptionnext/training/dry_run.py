@@ -16,7 +16,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 
-from mmseg_inceptionnext.measure.memory import peak_memory_mb
+from mmseg_inceptionnext.measure.machine import device_name, peak_memory_mb
 from mmseg_inceptionnext.training.batch import EffectiveBatch, effective_batch
 
 
@@ -137,7 +137,7 @@ def dry_run(cfg: Config, make_runner: Callable[[Config], Runner]) -> Plan:
             seconds_per_iteration=hook.seconds[-1] if hook.seconds else None,
             seconds_per_validation_image=hook.validation_seconds,
             peak_memory_mb=peak_memory_mb(get_device()),
-            device=torch.cuda.get_device_name() if get_device() == 'cuda' else get_device(),
+            device=device_name(get_device()),
         )
 
 

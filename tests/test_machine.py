@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import torch
 
-from mmseg_inceptionnext.measure.memory import peak_memory_mb
+from mmseg_inceptionnext.measure.machine import peak_memory_mb
 
 
 def test_counts_what_was_freed_again():
@@ -15,6 +15,6 @@ def test_counts_what_was_freed_again():
 
 def test_a_process_does_not_count_what_its_parent_held():
     held = np.ones((2500, 2**17))  # a MB a row
-    program = "from mmseg_inceptionnext.measure.memory import peak_memory_mb; print(peak_memory_mb('cpu'))"
+    program = "from mmseg_inceptionnext.measure.machine import peak_memory_mb; print(peak_memory_mb('cpu'))"
     process = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
     assert 100 < float(process.stdout) < 2000 < held.nbytes / 2**20

@@ -1,4 +1,4 @@
-"""How much memory a process has needed."""
+"""The machine that something was measured on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import resource
 from pathlib import Path
 
 import torch
+
+
+def device_name(device: str) -> str:
+    """Which GPU 'cuda' is; other devices go by the name that torch gives them."""
+    return torch.cuda.get_device_name() if device == 'cuda' else device
 
 
 def peak_memory_mb(device: str) -> float:
