@@ -34,7 +34,7 @@ def classes_of_checkpoint(checkpoint: dict, path: str | Path) -> Classes:
     """The classes that mmengine wrote into a checkpoint.
 
     Args:
-        checkpoint: What :func:`~mmseg_inceptionnext.weights.read_checkpoint` gave for ``path``.
+        checkpoint: What :func:`~mmseg_inceptionnext.checkpoints.read_checkpoint` gave for ``path``.
         path: For the message.
 
     Raises:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.errors import UserError, one_line
+from mmseg_inceptionnext.files import FULL_DISK
 
 
 class CfgOptions(DictAction):
@@ -36,6 +37,13 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         '--cfg-options', nargs='+', action=CfgOptions, metavar='KEY=VALUE', help='override parts of the config'
+    )
+
+
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """The option that opens :func:`mmseg_inceptionnext.checkpoints.trusting_checkpoints`."""
+    parser.add_argument(
+        '--trust-checkpoint', action='store_true', help='let checkpoints run any code: for files whose maker you know'
     )
 
 
@@ -80,9 +88,12 @@ def run(main: Callable[[], None]) -> None:
         print('stopped', file=sys.stderr)
         sys.exit(130)
     except UserError as error:
-        # A data-loading worker hands its error over wrapped in a traceback; the message is what comes last.
-        message = str(error).rsplit('UserError: ', 1)[-1].strip()
-        print(f'error: {message}', file=sys.stderr)
+        print(f'error: {one_line(error)}', file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        print(f'error: {error.filename or "a file"} cannot be written: {error.strerror}: make room', file=sys.stderr)
         sys.exit(2)
 
 

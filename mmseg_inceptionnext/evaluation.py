@@ -9,12 +9,12 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.evaluator import BaseMetric
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
 from mmseg.evaluation import IoUMetric
 from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import METRICS
 from torch import nn
 
+from mmseg_inceptionnext.checkpoints import read_checkpoint
 from mmseg_inceptionnext.config import fit_to_device, require
 from mmseg_inceptionnext.data.check import check_data
 from mmseg_inceptionnext.data.pipeline import lacks_truth, leave_truth_out, use_multi_scale
@@ -24,7 +24,8 @@ from mmseg_inceptionnext.models.inceptionnext import ARCHS
 from mmseg_inceptionnext.models.multi_scale_segmentor import MultiScaleSegmentor
 from mmseg_inceptionnext.report.confusion import HEADLINE, ConfusionMetric
 from mmseg_inceptionnext.report.page import write_report
-from mmseg_inceptionnext.weights import check_fits, read_checkpoint
+from mmseg_inceptionnext.training.runner import SafeRunner
+from mmseg_inceptionnext.weights import check_fits
 
 
 @METRICS.register_module()
@@ -109,7 +110,7 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
     if show_dir is not None:
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='OverlayHook', out_dir=str(show_dir))]
 
-    runner = Runner.from_cfg(cfg)
+    runner = SafeRunner.from_cfg(cfg)
     check_fits(runner.model, content, checkpoint, ARCHS)
     runner.load_checkpoint(str(checkpoint), map_location='cpu', strict=True)
     if is_model_wrapper(runner.model):
@@ -128,7 +129,7 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
     return figures
 
 
-def _metric(runner: Runner, kind: type) -> BaseMetric:
+def _metric(runner: SafeRunner, kind: type) -> BaseMetric:
     return next(metric for metric in runner.test_evaluator.metrics if isinstance(metric, kind))
 
 

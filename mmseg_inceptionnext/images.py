@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.errors import UnreadableFile
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm', '.pgm', '.jp2')
 
@@ -26,8 +26,8 @@ def read_image(source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
         (H, W, 3) uint8, RGB; never the memory of an array that was given.
 
     Raises:
-        UserError: no such file, or one that is no image, truncated, of floating-point values, a decompression bomb, or
-            without a pixel.
+        UnreadableFile: no such file, or one that is no image, truncated, of floating-point values, a decompression
+            bomb, or without a pixel.
         TypeError: neither of these, or an array of another shape or dtype.
     """
     if isinstance(source, np.ndarray):
@@ -40,33 +40,33 @@ def read_image(source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     if not isinstance(source, (str, Path)):
         raise TypeError(f'expected a path, a PIL image or an array, got {type(source).__name__}')
     if Path(source).exists() and not Path(source).is_file():
-        raise UserError(f'{source}: a directory, a pipe or a device, not a file')
+        raise UnreadableFile(f'{source}: a directory, a pipe or a device, not a file')
     try:
         with Image.open(source) as image:
             return _not_empty(_pixels(image))
     except FileNotFoundError as error:
-        raise UserError(f'{source}: no such file') from error
-    except UserError as error:
-        raise UserError(f'{source}: {error}') from error
+        raise UnreadableFile(f'{source}: no such file') from error
+    except UnreadableFile as error:
+        raise UnreadableFile(f'{source}: {error}') from error
     except Image.UnidentifiedImageError as error:
-        raise UserError(f'{source}: not an image, or of a format that Pillow does not read') from error
+        raise UnreadableFile(f'{source}: not an image, or of a format that Pillow does not read') from error
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # Pillow's, on damage
-        raise UserError(f'{source}: {getattr(error, "strerror", None) or error}') from error
+        raise UnreadableFile(f'{source}: {getattr(error, "strerror", None) or error}') from error
 
 
 def _not_empty(pixels: np.ndarray) -> np.ndarray:
     if not pixels.size:
-        raise UserError('an image without a pixel')
+        raise UnreadableFile('an image without a pixel')
     return pixels
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
     image = ImageOps.exif_transpose(image)
     if image.mode == 'F':
-        raise UserError('holds floating-point values, whose range is not known: save it with 8 or 16 bits')
+        raise UnreadableFile('holds floating-point values, whose range is not known: save it with 8 or 16 bits')
     if image.mode.startswith('I'):  # 16 bits, though Pillow may use 32 to hold them
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise UserError('holds 32-bit values: save it with 8 or 16 bits')
+            raise UnreadableFile('holds 32-bit values: save it with 8 or 16 bits')
         return np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
     return np.asarray(image.convert('RGB'))

@@ -18,6 +18,7 @@ from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 from PIL import Image
 
+from mmseg_inceptionnext.checkpoints import read_checkpoint
 from mmseg_inceptionnext.classes import (
     Classes,
     check_number,
@@ -32,7 +33,7 @@ from mmseg_inceptionnext.images import read_image
 from mmseg_inceptionnext.inference import optimize_for_inference
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
 from mmseg_inceptionnext.report.overlay import draw_overlay, under_legend
-from mmseg_inceptionnext.weights import load_segmentor, read_checkpoint
+from mmseg_inceptionnext.weights import load_segmentor
 
 # Of what the network sees, in pixels: its last feature map has a stride of 32.
 _SMALLEST_SIDE = 32

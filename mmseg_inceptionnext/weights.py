@@ -1,51 +1,25 @@
-"""Checkpoints: find them, read them without running what is in them, check every key, load them.
+"""Weights: find them, check every key, load them.
 
-Two kinds are read here: ImageNet weights of the backbone (:func:`load_pretrained`) and trained segmentors
-(:func:`read_checkpoint`, :func:`check_fits`). Both fail closed: a partial match is an error, never a warning.
+There are two kinds: ImageNet weights of the backbone (:func:`load_pretrained`) and trained segmentors
+(:func:`check_fits`). Both fail closed: a partial match is an error, never a warning.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
-import struct
 from collections.abc import Mapping
-from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlparse
 
-import numpy as np
-import safetensors.torch
 import timm
-import torch
-from mmengine.dist import barrier, get_rank
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mmseg_inceptionnext.checkpoints import NO_NETWORK, download, first_process_first, read_checkpoint, summary
 from mmseg_inceptionnext.errors import UserError
 
 # Where training programs put the weights in a checkpoint. As in timm, an averaged model goes before the raw one.
 _CONTAINERS = ('state_dict_ema', 'state_dict', 'model')
-
-# What readers raise on damaged files.
-_DAMAGE = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    KeyError,
-    ValueError,
-    IndexError,
-    AssertionError,
-    struct.error,
-    SafetensorError,
-)
-
-_NO_NETWORK = (
-    'download it elsewhere and pass the file (init_cfg checkpoint, or --weights FILE), or train from scratch '
-    '(init_cfg=None, or --weights none)'
-)
 
 
 def load_pretrained(backbone: nn.Module, source: str, archs: Mapping[str, dict]) -> None:
@@ -68,7 +42,8 @@ def load_pretrained(backbone: nn.Module, source: str, archs: Mapping[str, dict])
     expected = backbone.state_dict()
 
     stem = loaded.get('stem.0.weight')
-    if stem is not None and stem.ndim == 4 and stem.shape[1] == 3 != backbone.in_channels:
+    out, _, *kernel = expected['stem.0.weight'].shape
+    if stem is not None and stem.shape == (out, 3, *kernel) and backbone.in_channels != 3:
         loaded['stem.0.weight'] = timm.models.adapt_input_conv(backbone.in_channels, stem)
 
     num_stages = len(backbone.stages)
@@ -90,43 +65,6 @@ def load_pretrained(backbone: nn.Module, source: str, archs: Mapping[str, dict])
     )
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """Read a .pth or .safetensors file onto the CPU without running code from it.
-
-    Besides tensors and plain containers, only what mmengine writes into its checkpoints is unpickled: its
-    ``HistoryBuffer`` and the numpy arrays in it.
-
-    Raises:
-        UserError: no such file, truncated, of another format, or with a pickled global that is not allowed (named).
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f'no checkpoint at {path.absolute()}: check the path')
-    try:
-        if path.suffix == '.safetensors':
-            checkpoint = safetensors.torch.load_file(path)
-        else:
-            with torch.serialization.safe_globals(_mmengine_globals()):
-                checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        forbidden = re.search(r'GLOBAL ([\w.]+)', str(error))
-        if forbidden is None:
-            raise UserError(f'{path} is damaged or not a checkpoint: its pickle cannot be read') from error
-        raise UserError(
-            f'{path} is refused: it wants to run {forbidden[1].rstrip(".")}, which a file of weights has no need of. '
-            'Get the weights as .safetensors, or save them again as a plain state dict'
-        ) from error
-    except PermissionError as error:
-        raise UserError(f'{path} cannot be read: {error.strerror}') from error
-    except _DAMAGE as error:
-        raise UserError(
-            f'{path} is truncated or not a checkpoint ({type(error).__name__}: {_summary(error)})'
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise UserError(f'{path} holds a {type(checkpoint).__name__} where a state dict was expected')
-    return checkpoint
-
-
 def backbone_state_dict(checkpoint: dict, path: Path) -> dict[str, Tensor]:
     """The backbone's tensors of a checkpoint, without the container and the prefixes that programs put around them."""
     container = next((key for key in _CONTAINERS if isinstance(checkpoint.get(key), dict)), None)
@@ -145,7 +83,7 @@ def check_fits(model: nn.Module, checkpoint: dict, path: str | Path, archs: Mapp
 
     Args:
         model: A segmentor, possibly wrapped for distributed training.
-        checkpoint: What :func:`read_checkpoint` gave for ``path``.
+        checkpoint: What :func:`~mmseg_inceptionnext.checkpoints.read_checkpoint` gave for ``path``.
         path: For the message.
         archs: Known architectures by name, to tell which one a file holds that does not fit.
 
@@ -187,32 +125,12 @@ def recognise_arch(state_dict: Mapping[str, Tensor], archs: Mapping[str, dict]) 
 
 
 def _locate(source: str) -> Path:
-    """The local file of a timm name, a URL or a path; downloaded by the first process, then found by the others."""
-    if re.match(r'[a-z0-9+]+://', source) and not source.startswith('https://'):
-        raise UserError(f'{source}: weights are fetched over https:// only')
-    is_url = source.startswith('https://')
-    if not is_url and (Path(source).suffix in ('.pth', '.pt', '.safetensors', '.bin') or Path(source).exists()):
+    """The local file of a timm name, a URL or a path."""
+    if '://' in source:
+        return first_process_first(download, source)
+    if Path(source).suffix in ('.pth', '.pt', '.safetensors', '.bin') or Path(source).exists():
         return Path(source).expanduser()
-
-    download = _download_url if is_url else _download_timm
-    if get_rank() == 0:
-        path = download(source)
-    barrier()
-    return path if get_rank() == 0 else download(source)
-
-
-def _download_url(url: str) -> Path:
-    name = Path(urlparse(url).path).name
-    if not name:
-        raise UserError(f'{url} names no file')
-    path = Path(torch.hub.get_dir(), 'checkpoints', name)
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), progress=False)
-        except (OSError, ValueError, HTTPException) as error:
-            raise UserError(f'could not download {url} ({_summary(error)}): {_NO_NETWORK}') from error
-    return path
+    return first_process_first(_download_timm, source)
 
 
 def _download_timm(name: str) -> Path:
@@ -226,7 +144,7 @@ def _download_timm(name: str) -> Path:
     try:
         return Path(hf_hub_download(repository, 'model.safetensors'))
     except Exception as error:  # of the hub's HTTP client, which changes from version to version
-        raise UserError(f'could not download {name} from the hub ({_summary(error)}): {_NO_NETWORK}') from error
+        raise UserError(f'could not download {name} from the hub ({summary(error)}): {NO_NETWORK}') from error
 
 
 def _tensors(state_dict) -> dict[str, Tensor]:
@@ -266,30 +184,3 @@ def _recognised(state_dict: Mapping[str, Tensor], archs: Mapping[str, dict]) -> 
 def _some(items, number: int = 3) -> str:
     items = list(map(str, items))
     return ', '.join(items[:number]) + (', …' if len(items) > number else '')
-
-
-def _summary(error: BaseException) -> str:
-    """The first sentence of an error: libraries put advice after it that does not apply here."""
-    return re.split(r'\.\s|\n', str(error).strip())[0]
-
-
-def _mmengine_globals() -> list:
-    """What the pickle inside a checkpoint of mmengine may name, under the names that numpy 1 and 2 write."""
-    array = np.array(0)
-    reconstruct, scalar = array.__reduce__()[0], np.int64(0).__reduce__()[0]
-    return [
-        HistoryBuffer,
-        (_history_buffer_method, 'builtins.getattr'),
-        np.ndarray,
-        np.dtype,
-        *{type(np.dtype(t)) for t in ('bool', 'uint8', 'int32', 'int64', 'float32', 'float64')},
-        *((reconstruct, f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')),
-        *((scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),
-    ]
-
-
-def _history_buffer_method(owner: type, name: str):
-    """``getattr`` as far as a pickled HistoryBuffer needs it: one of its statistics, of nothing else."""
-    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
-        raise pickle.UnpicklingError(f'GLOBAL builtins.getattr of {owner!r} and {name!r} is not allowed')
-    return getattr(owner, name)

@@ -8,9 +8,9 @@ import torch
 from mmengine.config import Config
 
 from mmseg_inceptionnext import UserError
+from mmseg_inceptionnext.checkpoints import read_checkpoint
 from mmseg_inceptionnext.training.batch import effective_batch, use_auto_batch
 from mmseg_inceptionnext.training.train import train
-from mmseg_inceptionnext.weights import read_checkpoint
 
 UPERNET = Path(__file__).parents[1] / 'configs' / 'upernet' / 'inceptionnext_t.py'
 

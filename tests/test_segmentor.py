@@ -9,10 +9,10 @@ from conftest import ROOT, TINY_CONFIG
 from PIL import Image
 
 from mmseg_inceptionnext import Segmentation, Segmentor, UserError
+from mmseg_inceptionnext.checkpoints import read_checkpoint
 from mmseg_inceptionnext.classes import Classes
 from mmseg_inceptionnext.config import find_config, load_config, read_config
 from mmseg_inceptionnext.evaluation import evaluate
-from mmseg_inceptionnext.weights import read_checkpoint
 
 
 @pytest.fixture(scope='module')

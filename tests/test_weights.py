@@ -10,7 +10,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 
 from mmseg_inceptionnext import InceptionNeXt, UserError
-from mmseg_inceptionnext.weights import read_checkpoint
+from mmseg_inceptionnext.checkpoints import read_checkpoint
 
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,8 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmseg_inceptionnext.command_line import fail, output_folder, positive_int, run
+from mmseg_inceptionnext.checkpoints import trusting_checkpoints
+from mmseg_inceptionnext.command_line import add_trust_option, fail, output_folder, positive_int, run
 from mmseg_inceptionnext.predict import Output, count_images, find_sources, predict
 from mmseg_inceptionnext.segmentor import Segmentor
 
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument(
         '--fast', action=argparse.BooleanOptionalAction, default=True, help='fold and pack the model first (on)'
     )
+    add_trust_option(parser)
     args = parser.parse_args()
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as Ctrl-C does: what is computed is written
@@ -52,7 +54,8 @@ def main() -> None:
         sys.stdin.reconfigure(errors='surrogateescape')  # names of files are bytes
         lines = sys.stdin
     sources = find_sources(args.inputs, args.out, lines)
-    segmentor = Segmentor(args.config, args.checkpoint, args.device, args.classes, args.fast)
+    with trusting_checkpoints(args.trust_checkpoint):
+        segmentor = Segmentor(args.config, args.checkpoint, args.device, args.classes, args.fast)
     columns = [
         BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn('{task.fields[rate]}'),

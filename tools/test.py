@@ -5,7 +5,15 @@ import json
 
 from mmengine.dist import is_main_process
 
-from mmseg_inceptionnext.command_line import add_config_options, output_file, output_folder, positive_int, run
+from mmseg_inceptionnext.checkpoints import trusting_checkpoints
+from mmseg_inceptionnext.command_line import (
+    add_config_options,
+    add_trust_option,
+    output_file,
+    output_folder,
+    positive_int,
+    run,
+)
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.evaluation import evaluate
 from mmseg_inceptionnext.report.confusion import HEADLINE
@@ -37,14 +45,17 @@ def main() -> None:
         '--report-images', metavar='N', type=positive_int, default=5,
         help='how many of the worst, median and best images the report shows (5)',
     )  # fmt: skip
+    add_trust_option(parser)
     args = parser.parse_args()
 
     cfg = load_config(args.config, args.work_dir, args.data_root, args.launcher, args.cfg_options)
     pictures = [str(folder) for folder in (args.out, args.show_dir) if folder]
-    figures = evaluate(
-        cfg, args.checkpoint, out=args.out, show_dir=args.show_dir, fast=args.fast, tta=args.tta, report=args.report,
-        report_images=args.report_images, need_figures=bool(args.json or args.report or not pictures),
-    )  # fmt: skip
+    with trusting_checkpoints(args.trust_checkpoint):
+        figures = evaluate(
+            cfg, args.checkpoint, out=args.out, show_dir=args.show_dir, fast=args.fast, tta=args.tta,
+            report=args.report, report_images=args.report_images,
+            need_figures=bool(args.json or args.report or not pictures),
+        )  # fmt: skip
     if not is_main_process():
         return
     if figures is None:

@@ -2,11 +2,13 @@
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 
 from mmengine.dist import is_main_process
 
-from mmseg_inceptionnext.command_line import add_config_options, run
+from mmseg_inceptionnext.checkpoints import trusting_checkpoints
+from mmseg_inceptionnext.command_line import add_config_options, add_trust_option, run
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.training.train import plan, summary, train
 
@@ -29,22 +31,50 @@ def main() -> None:
     parser.add_argument(
         '--dry-run', action='store_true', help='build everything, try two iterations, print the schedule and its cost'
     )
+    parser.add_argument(
+        '--skip-bad-images', action='store_true', help='replace training images that cannot be read, and count them'
+    )
+    add_trust_option(parser)
     args = parser.parse_args()
 
     cfg = load_config(args.config, args.work_dir, args.data_root, args.launcher, args.cfg_options)
     options = dict(
         weights=args.weights, resume=args.resume, amp=args.amp, seed=args.seed, auto_batch=args.auto_batch
     )  # fmt: skip
-    if args.dry_run:
-        resolved = plan(cfg, **options)
-        if is_main_process():
-            print(resolved)
-        return
-    end = summary(train(cfg, **options))
+    with trusting_checkpoints(args.trust_checkpoint):
+        if args.dry_run:
+            resolved = plan(cfg, **options)
+            if is_main_process():
+                print(resolved)
+            return
+        runner = train(cfg, **options, skip_bad_images=args.skip_bad_images)
     if is_main_process():
-        figure = f'mIoU {end["best"]:.2f} at iteration' if end['best'] is not None else 'Last iteration'
-        test = [Path(__file__).with_name('test.py'), end['config'], end['checkpoint']]
-        print(f'{figure} {end["iteration"]}. Test it: {shlex.join(["python", *map(str, test)])}')
+        report(summary(runner))
+
+
+def report(end: dict) -> None:
+    for iteration, reason in end['failed_validations'].items():
+        print(f'warning: no validation at iteration {iteration}: {reason.strip().splitlines()[-1]}', file=sys.stderr)
+    for image, times in end['skipped'].items():
+        print(f'warning: replaced {times} times: {image}', file=sys.stderr)
+    if end['skipped']:
+        print(f'{len(end["skipped"])} training images cannot be read; others replaced them.')
+    if end['stopped_by']:
+        print(f'Stopped by {end["stopped_by"]} after iteration {end["done"]}. Go on: {command_to_resume(sys.argv)}')
+        return
+    figure = f'mIoU {end["best"]:.2f} at iteration' if end['best'] is not None else 'Last iteration'
+    test = [Path(__file__).with_name('test.py'), end['config'], end['checkpoint']]
+    print(f'{figure} {end["iteration"]}. Test it: {shlex.join(["python", *map(str, test)])}')
+
+
+def command_to_resume(arguments: list[str]) -> str:
+    """The same command with --resume, without the checkpoint that it may have named."""
+    kept = [
+        argument
+        for before, argument in zip(['', *arguments], arguments, strict=False)
+        if not argument.startswith('--resume') and (before != '--resume' or argument.startswith('-'))
+    ]
+    return shlex.join(['python', *kept, '--resume'])
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ from mmseg.registry import DATASETS, TRANSFORMS
 from PIL import Image
 
 from mmseg_inceptionnext.data.pipeline import leaves
-from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.errors import BadSample, UserError
 
 _HOW_TO_GET = (
     'pass --data-root, or unpack ADEChallengeData2016.zip (http://sceneparsing.csail.mit.edu) there; '
@@ -30,7 +30,7 @@ class CheckAnnotation(BaseTransform):
         num_classes: Labels 0 … num_classes - 1 are valid, and 255 is ignored.
 
     Raises:
-        UserError: naming the file, if it has several channels, another size than its image, or other labels.
+        BadSample: naming the file, if it has several channels, another size than its image, or other labels.
     """
 
     def __init__(self, num_classes: int):
@@ -40,19 +40,19 @@ class CheckAnnotation(BaseTransform):
         labels, path = results['gt_seg_map'], results['seg_map_path']
         with Image.open(path) as stored:  # LoadAnnotations has cast it to 8 bits, whatever it was
             if stored.mode[0] in 'IF' and stored.getextrema()[1] > 255:
-                raise UserError(f'{path} has label {stored.getextrema()[1]}: an annotation has 8 bits')
+                raise BadSample(f'{path} has label {stored.getextrema()[1]}: an annotation has 8 bits')
         if labels.ndim != 2:
-            raise UserError(f'{path} has {labels.shape[2]} channels: an annotation has one, which holds class ids')
+            raise BadSample(f'{path} has {labels.shape[2]} channels: an annotation has one, which holds class ids')
         if labels.shape != tuple(results['ori_shape']):
             height, width = results['ori_shape']
-            raise UserError(
+            raise BadSample(
                 f'{path} is {labels.shape[1]}×{labels.shape[0]}, but {results["img_path"]} is {width}×{height}'
             )
         present = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
         wrong = [int(label) for label in present if self.num_classes <= label < 255]
         if wrong:
             shift = 1 if results['reduce_zero_label'] else 0
-            raise UserError(
+            raise BadSample(
                 f'{path} has label {wrong[0] + shift}, outside {shift} … {self.num_classes - 1 + shift} of '
                 f'{self.num_classes} classes: correct the annotation, or set num_classes'
             )

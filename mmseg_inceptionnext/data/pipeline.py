@@ -69,6 +69,6 @@ def use_multi_scale(dataset_cfg: dict) -> None:
 
 def of_arrays(pipeline: list[dict]) -> list[dict]:
     """A test pipeline for images that are in memory, without ground truth."""
-    loaders = ('LoadImageFromFile', 'LoadImageFromNDArray')
+    loaders = ('ReadImage', 'LoadImageFromFile', 'LoadImageFromNDArray')
     kept = [t for t in pipeline if t.type not in (*loaders, *_OF_TRUTH)]
     return [dict(type='LoadImageFromNDArray'), *kept]

@@ -30,6 +30,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import nn
 
+from mmseg_inceptionnext.checkpoints import read_checkpoint
 from mmseg_inceptionnext.config import read_config, set_data_root
 from mmseg_inceptionnext.data.check import check_data
 from mmseg_inceptionnext.errors import UserError
@@ -37,7 +38,7 @@ from mmseg_inceptionnext.inference import optimize_for_inference
 from mmseg_inceptionnext.measure.machine import device_name, peak_memory_mb
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
 from mmseg_inceptionnext.training.mixed_precision import use_mixed_precision
-from mmseg_inceptionnext.weights import check_fits, read_checkpoint
+from mmseg_inceptionnext.weights import load_segmentor
 
 TASKS = ('fps', 'train', 'backbone')
 PRECISIONS = ('fp32', 'tf32', 'bf16', 'fp16')
@@ -269,9 +270,7 @@ class Subject:
             self.cfg.model.data_preprocessor.size = self.shape  # or training would pad to the config's crop
         model = revert_sync_batchnorm(MODELS.build(self.cfg.model))
         if checkpoint:
-            content = read_checkpoint(checkpoint)
-            check_fits(model, content, checkpoint, ARCHS)
-            model.load_state_dict(content.get('state_dict', content))
+            load_segmentor(model, read_checkpoint(checkpoint), checkpoint, ARCHS)
         return model.to(self.device).train(self.setting.task == 'train')
 
     def _prepare(self, layout: str) -> None:

@@ -3,35 +3,64 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import torch
-from mmengine.dist import all_reduce, is_main_process
+from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.optim import AmpOptimWrapper
 from mmseg.registry import HOOKS
-from torch import nn
+from torch import Tensor, nn
 
 from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.training.stop_signal import any_process
 
 
 @HOOKS.register_module()
 class StopOnNonFiniteLossHook(Hook):
     """Check every loss between the forward and the backward pass.
 
-    The hook sits on the model's forward, the last place where the weights are still those of the iteration before.
-    They are saved as a checkpoint, unless a NaN has reached the running statistics, which have seen the batch by then.
+    The hook sits on the model's forward, the last place where the weights are still those of the iteration before;
+    the running statistics, which have seen the batch by then, are put back. Where the run stops, that is saved.
+
+    Args:
+        in_a_row: Stop after so many iterations whose loss is not finite; the optimizer leaves out those before.
+            Default: 1, and 5 in float16, whose range ends at 65504. There, steps whose gradients overflow do not count:
+            the loss scale is made for them.
 
     Raises:
-        UserError: naming the iteration, the losses and the checkpoint to resume from.
+        UserError: naming the iteration, the losses, the images and the checkpoint to resume from.
     """
+
+    def __init__(self, in_a_row: int | None = None):
+        self.in_a_row = in_a_row
 
     def before_train(self, runner) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self._handle = model.register_forward_hook(partial(self._check, runner))
+        wrapper = runner.optim_wrapper
+        if self.in_a_row is None:
+            self.in_a_row = 5 if isinstance(wrapper, AmpOptimWrapper) and wrapper.cast_dtype != torch.bfloat16 else 1
+        self._buffers = list(model.buffers())
+        self._seen, self._bad = 0, False
+        self._handles = [
+            model.register_forward_hook(partial(self._check, runner)),
+            wrapper.optimizer.register_step_pre_hook(self._leave_out),
+        ]
 
     def after_train(self, runner) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        self._bad = False
+        self._images = [sample.img_path for sample in data_batch['data_samples']]
+        self._before = [buffer.clone() for buffer in self._buffers]
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        if self._bad:
+            self._put_back_buffers()  # the backward pass is over, which wants them as they were in the forward
+        else:
+            self._seen = 0
 
     def _check(self, runner, model: nn.Module, inputs: tuple, losses: dict) -> None:
         if not model.training:
@@ -43,25 +72,39 @@ class StopOnNonFiniteLossHook(Hook):
             if 'loss' in name and not torch.isfinite(value).all()
         }
         # Together, so that the first process saves the weights, and none is left waiting for another.
-        somewhere = torch.tensor(float(bool(bad)), device=next(model.parameters()).device)
-        all_reduce(somewhere, 'max')
-        if somewhere:
-            named = ', '.join(f'{name}={value.mean().item()}' for name, value in bad.items())
-            raise UserError(
-                f'the loss is not finite at iteration {runner.iter + 1} ({named or "on another process"}); '
-                f'{self._keep_checkpoint(runner, model)}. '
-                'Lower the learning rate, train without --amp, or look for a broken sample, then --resume'
-            )
+        if not any_process(bool(bad)):
+            return
+        self._seen += not self._bad  # an iteration can have several forward passes, of parts of its batch
+        self._bad = True
+        if self._seen >= self.in_a_row:
+            self._stop(runner, model, bad)
+        runner.logger.warning(
+            f'The loss is not finite at iteration {runner.iter + 1} ({_named(bad)}), on {", ".join(self._images)}; '
+            f'its step is left out ({self._seen} in a row, {self.in_a_row} stop the run)'
+        )
 
-    def _keep_checkpoint(self, runner, model: nn.Module) -> str:
-        """Save the weights that led to this iteration if they are sound; say which checkpoint this run has."""
-        last = runner.message_hub.get_info('last_ckpt')  # of CheckpointHook
-        path = Path(runner.work_dir, f'iter_{runner.iter}.pth')
+    def _leave_out(self, optimizer, *_) -> None:
+        """Without a gradient, a parameter stays as it is, weight decay and moments included."""
+        if self._bad:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _put_back_buffers(self) -> None:
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(before)
+
+    def _stop(self, runner, model: nn.Module, bad: dict[str, Tensor]) -> None:
+        everywhere = all_gather_object((_named(bad), self._images) if bad else None)
+        losses, images = zip(*filter(None, everywhere), strict=True)
+        self._put_back_buffers()
         sound = all(torch.isfinite(value).all() for value in model.state_dict().values())
-        if sound and runner.iter > 0 and Path(last or '').name != path.name:
-            meta = dict(iter=runner.iter, epoch=runner.epoch)
-            runner.save_checkpoint(runner.work_dir, path.name, by_epoch=False, meta=meta)
-            if is_main_process():
-                Path(runner.work_dir, 'last_checkpoint').write_text(str(path))
-            last = str(path)
-        return f'the last checkpoint is {last}' if last else 'there is no checkpoint of this run yet'
+        kept = runner.save_now(runner.iter) if sound else runner.last_checkpoint
+        times = f', {self._seen} times in a row' if self._seen > 1 else ''
+        raise UserError(
+            f'the loss is not finite at iteration {runner.iter + 1}{times} ({", ".join(losses)}), on '
+            f'{", ".join(image for process in images for image in process)}; {kept}. '
+            'Lower the learning rate, train without --amp, or look for a broken sample, then --resume'
+        )
+
+
+def _named(losses: dict[str, Tensor]) -> str:
+    return ', '.join(f'{name}={value.mean().item()}' for name, value in losses.items())

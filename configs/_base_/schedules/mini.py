@@ -1,6 +1,6 @@
 # Short, and without ImageNet weights: a higher learning rate than the paper's.
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=600, val_interval=300)
-val_cfg = dict(type='ValLoop')
+val_cfg = dict(type='TolerantValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.01))
 param_scheduler = [

@@ -1,6 +1,6 @@
 # Swin's schedule (paper, A.2).
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=160000, val_interval=16000)
-val_cfg = dict(type='ValLoop')
+val_cfg = dict(type='TolerantValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='OptimWrapper',

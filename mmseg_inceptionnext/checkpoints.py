@@ -1,0 +1,212 @@
+"""Read checkpoints without running what is in them, also where mmengine does the reading.
+
+The pickle inside a checkpoint is a program. Here it may call what builds tensors and what mmengine writes into its
+checkpoints, and nothing else; a file that wants more is refused by the name of what it wants. See SECURITY.md.
+"""
+
+from __future__ import annotations
+
+import mmap
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from urllib.parse import urlparse
+
+import numpy as np
+import safetensors.torch
+import torch
+from mmengine.dist import barrier, get_rank
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import checkpoint as mmengine_checkpoint
+from mmengine.runner.checkpoint import CheckpointLoader
+
+from mmseg_inceptionnext.errors import UserError
+
+NO_NETWORK = (
+    'download it elsewhere and pass the file (init_cfg checkpoint, or --weights FILE), or train from scratch '
+    '(init_cfg=None, or --weights none)'
+)
+
+_trusted = False
+
+
+@contextmanager
+def trusting_checkpoints(trusted: bool = True) -> Iterator[None]:
+    """Inside, checkpoints may run any code when they are read: for files whose maker one knows (--trust-checkpoint)."""
+    global _trusted
+    before, _trusted = _trusted, trusted
+    try:
+        yield
+    finally:
+        _trusted = before
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Read a .pth or .safetensors file onto the CPU without running code from it.
+
+    Besides tensors and plain containers, only what mmengine writes into its checkpoints is unpickled: its
+    ``HistoryBuffer`` and the numpy arrays in it. Reading takes about as much memory as the file is large.
+
+    Raises:
+        UserError: no such file, truncated, of another format, larger inside than outside, or with a pickled global
+            that is not allowed (named; :func:`trusting_checkpoints` overrules that).
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f'no checkpoint at {path.absolute()}: check the path')
+    try:
+        if path.suffix == '.safetensors':
+            checkpoint = safetensors.torch.load_file(path)
+        elif _trusted:
+            checkpoint = torch.load(path, map_location='cpu', weights_only=False)
+        else:
+            _refuse_bombs(path)
+            with torch.serialization.safe_globals(_mmengine_globals()):
+                checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        forbidden = re.search(r'GLOBAL ([\w.]+)', str(error))
+        if forbidden is None:
+            raise UserError(f'{path} is damaged or not a checkpoint: its pickle cannot be read') from error
+        raise _refused(path, f'it wants to run {forbidden[1].rstrip(".")}') from error
+    except PermissionError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from error
+    except Exception as error:  # readers raise anything on damage: of zip, pickle, torch, numpy and safetensors
+        raise UserError(
+            f'{path} is truncated or not a checkpoint ({type(error).__name__}: {summary(error)})'
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f'{path} holds a {type(checkpoint).__name__} where a state dict was expected')
+    return checkpoint
+
+
+def _refused(path: Path, why: str) -> UserError:
+    return UserError(
+        f'{path} is refused: {why}, which a file of weights has no need of. Get the weights as .safetensors or as a '
+        'plain state dict; if you know who made the file and trust them, pass --trust-checkpoint'
+    )
+
+
+def _refuse_bombs(path: Path) -> None:
+    """Refuse a file that would take more memory than its size: torch stores tensors as they are, so none needs to.
+
+    The one object that torch lets a pickle make at any size is a bytearray.
+    """
+    if not (size := path.stat().st_size):
+        return
+    with path.open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if any(content.find(module + b'\nbytearray\n') >= 0 for module in (b'builtins', b'__builtin__')):
+            raise _refused(path, 'it wants to run builtins.bytearray')
+        is_zip = content[:4] == b'PK\x03\x04'  # as torch tells its two formats apart
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise _refused(path, 'it has compressed entries')
+        if sum(entry.file_size for entry in entries) > size:
+            raise _refused(path, 'its entries are larger than the file')
+
+
+def summary(error: BaseException) -> str:
+    """The first sentence of an error: libraries put advice after it that does not apply here."""
+    return re.split(r'\.\s|\n', str(error).strip())[0]
+
+
+def download(url: str) -> Path:
+    """The local copy of a file on the web, in torch's cache.
+
+    Raises:
+        UserError: another scheme than https, no name of a file, or no way to get it.
+    """
+    if not url.startswith('https://'):
+        raise UserError(f'{url}: weights are fetched over https:// only')
+    name = Path(urlparse(url).path).name
+    if not name:
+        raise UserError(f'{url} names no file')
+    path = Path(torch.hub.get_dir(), 'checkpoints', name)
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=False)
+        except (OSError, ValueError, HTTPException) as error:
+            raise UserError(f'could not download {url} ({summary(error)}): {NO_NETWORK}') from error
+    return path
+
+
+def first_process_first(fetch: Callable[[str], Path], source: str) -> Path:
+    """Fetch a file in the first process of a run, then in the others, which find it there unless they are elsewhere."""
+    path = fetch(source) if get_rank() == 0 else None
+    barrier()
+    return path or fetch(source)
+
+
+# What mmengine reads (`init_cfg` of other backbones, `load_from`, its Runner and its tools) goes through the same
+# door: its own readers fall back to running the pickle as it is.
+
+
+@CheckpointLoader.register_scheme(prefixes='', force=True)
+def _read_file(filename: str, map_location=None) -> dict:
+    """For mmengine, which looks for tensors on the CPU wherever they are needed.
+
+    ``meta.config`` is left out: resuming, mmengine's Runner would execute it as a config, which is Python.
+    """
+    checkpoint = read_checkpoint(filename)
+    if isinstance(meta := checkpoint.get('meta'), dict):
+        meta.pop('config', None)
+    return checkpoint
+
+
+@CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), force=True)
+def _read_url(filename: str, map_location=None) -> dict:
+    return _read_file(str(first_process_first(download, filename)))
+
+
+@CheckpointLoader.register_scheme(prefixes=('pavi://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://'), force=True)
+def _refuse_storage(filename: str, map_location=None) -> dict:
+    raise UserError(f'{filename}: checkpoints are read from files and over https:// only: copy it to a file')
+
+
+@CheckpointLoader.register_scheme(
+    prefixes=('modelzoo://', 'torchvision://', 'open-mmlab://', 'openmmlab://', 'mmcls://'), force=True
+)
+def _read_named(filename: str, map_location=None) -> dict:
+    """Of the zoos whose URLs mmengine knows."""
+    zoo, name = filename.split('://')
+    if zoo in ('modelzoo', 'torchvision'):
+        urls = mmengine_checkpoint.get_torchvision_models()
+    elif zoo == 'mmcls':
+        urls = mmengine_checkpoint.get_mmcls_models()
+    else:
+        urls = mmengine_checkpoint.get_external_models()
+        name = mmengine_checkpoint.get_deprecated_model_names().get(name, name)
+    if name not in urls:
+        raise UserError(f'{filename}: mmengine knows no model of this name')
+    content = _read_url(urls[name])
+    return mmengine_checkpoint._process_mmcls_checkpoint(content) if zoo == 'mmcls' else content
+
+
+def _mmengine_globals() -> list:
+    """What the pickle inside a checkpoint of mmengine may name, under the names that numpy 1 and 2 write."""
+    array = np.array(0)
+    reconstruct, scalar = array.__reduce__()[0], np.int64(0).__reduce__()[0]
+    return [
+        HistoryBuffer,
+        (_history_buffer_method, 'builtins.getattr'),
+        np.ndarray,
+        np.dtype,
+        *{type(np.dtype(t)) for t in ('bool', 'uint8', 'int32', 'int64', 'float32', 'float64')},
+        *((reconstruct, f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')),
+        *((scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),
+    ]
+
+
+def _history_buffer_method(owner: type, name: str):
+    """``getattr`` as far as a pickled HistoryBuffer needs it: one of its statistics, of nothing else."""
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
+        raise pickle.UnpicklingError(f'GLOBAL builtins.getattr of {owner!r} and {name!r} is not allowed')
+    return getattr(owner, name)

@@ -1,0 +1,139 @@
+"""Loading data for days: which file a worker was on, and what happens to one that cannot be read."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from mmcv.transforms import BaseTransform
+from mmengine.dataset import Compose
+from mmseg.registry import TRANSFORMS
+from PIL import Image
+from torch.utils.data import Dataset, get_worker_info
+
+from mmseg_inceptionnext.errors import UnreadableFile, UserError
+from mmseg_inceptionnext.images import read_image
+
+# What Pillow and OpenCV raise on damaged files, and on images that are too thin to be resized.
+_DAMAGE = (OSError, SyntaxError, EOFError, Image.DecompressionBombError, cv2.error)
+
+# So many unreadable files in a row are no accident.
+_MOST_IN_A_ROW = 50
+
+
+@TRANSFORMS.register_module()
+class ReadImage(BaseTransform):
+    """mmseg's LoadImageFromFile for local files, by :func:`~mmseg_inceptionnext.images.read_image`.
+
+    OpenCV, by which mmseg reads, fills what is missing of a truncated JPEG with grey and says nothing. The pixels of
+    sound files are the same.
+
+    Raises:
+        UnreadableFile: naming the file and what is wrong with it.
+    """
+
+    def transform(self, results: dict) -> dict:
+        results['img'] = cv2.cvtColor(read_image(results['img_path']), cv2.COLOR_RGB2BGR)
+        results['img_shape'] = results['ori_shape'] = results['img'].shape[:2]
+        return results
+
+
+class CurrentFiles:
+    """What each data-loading worker is on, to be read by the main process when one has died.
+
+    Args:
+        workers: Their number.
+    """
+
+    def __init__(self, workers: int):
+        self._rows = torch.zeros(workers, 4096, dtype=torch.uint8).share_memory_()
+
+    def note(self, files: str) -> None:
+        """Called in a worker, before it opens them."""
+        if worker := get_worker_info():
+            text = f'{os.getpid()} {files}'.encode(errors='replace')[: self._rows.shape[1]]
+            row = self._rows[worker.id].numpy()
+            row[: len(text)] = np.frombuffer(text, np.uint8)
+            row[len(text) :] = 0
+
+    def of(self, pid: int) -> str | None:
+        """What the worker of a process id was on, if there is one."""
+        for row in self._rows.numpy():
+            owner, _, files = row.tobytes().rstrip(b'\0').decode(errors='replace').partition(' ')
+            if owner == str(pid):
+                return files
+        return None
+
+
+class GuardedPipeline(Compose):
+    """A pipeline that names the files of a sample on which it fails.
+
+    Args:
+        pipeline: What it does.
+        current: Where it notes the files.
+        skipped: Where it notes files that cannot be read, a line each time; their samples are then replaced by others,
+            as mmengine's data sets do for a pipeline that returns None. By default they are errors.
+
+    Raises:
+        UnreadableFile: an image or annotation cannot be read.
+        RuntimeError: any other failure, with its cause.
+    """
+
+    def __init__(self, pipeline: Compose, current: CurrentFiles, skipped: Path | None = None):
+        super().__init__(pipeline.transforms)
+        self.current, self.skipped, self.in_a_row = current, skipped, 0
+
+    def __call__(self, results: dict) -> dict | None:
+        files = [results[key] for key in ('img_path', 'seg_map_path') if results.get(key)]
+        self.current.note(' and '.join(files))
+        try:
+            sample = super().__call__(results)
+        except UnreadableFile as error:
+            return self._skip(error)
+        except UserError:
+            raise
+        except _DAMAGE as error:
+            reason = getattr(error, 'strerror', None) or str(error).strip().splitlines()[-1]
+            return self._skip(UnreadableFile(f'{_culprit(files)} cannot be used: {reason}'))
+        except Exception as error:
+            raise RuntimeError(f'the pipeline failed on {" and ".join(files)}') from error
+        self.in_a_row = 0
+        return sample
+
+    def _skip(self, error: UnreadableFile) -> None:
+        self.in_a_row += 1
+        if self.skipped is None:
+            raise error
+        if self.in_a_row == _MOST_IN_A_ROW:
+            raise UnreadableFile(f'{_MOST_IN_A_ROW} files in a row cannot be read, the last: {error}') from error
+        with self.skipped.open('a') as file:  # one write, so that lines of several workers stay whole
+            file.write(f'{error}\n')
+
+
+def guard(dataset: Dataset, current: CurrentFiles, skipped: Path | None) -> None:
+    """Guard the pipelines of a data set, also inside wrappers; in place."""
+    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
+    for child in filter(None, inner):
+        guard(child, current, skipped)
+    pipeline = getattr(dataset, 'pipeline', None)
+    if isinstance(pipeline, Compose):
+        dataset.pipeline = GuardedPipeline(pipeline, current, skipped)
+
+
+def _culprit(files: list[str]) -> str:
+    """Those of a sample that cannot be read by themselves; all if each of them can."""
+    return ' and '.join([file for file in files if not _readable(file)] or files)
+
+
+def _readable(file: str) -> bool:
+    try:
+        with warnings.catch_warnings(), Image.open(file) as image:
+            warnings.simplefilter('ignore')
+            image.load()
+    except _DAMAGE:
+        return False
+    return True

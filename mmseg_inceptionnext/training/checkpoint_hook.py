@@ -1,0 +1,119 @@
+"""Checkpoints of a run that may be killed, or run out of disk, at any moment."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook
+from mmseg.registry import HOOKS
+
+from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.files import remove_partial_files, whole_file
+
+
+@HOOKS.register_module()
+class SafeCheckpointHook(CheckpointHook):
+    """mmengine's CheckpointHook, with a whole checkpoint on the disk at every moment after the first.
+
+    mmengine removes an old checkpoint before it writes the new one, and writes ``last_checkpoint`` in place. Here the
+    new file is complete (:class:`~mmseg_inceptionnext.SafeRunner` sees to that), then ``last_checkpoint`` names it,
+    then the old one goes. Where writing fails, the run says so, keeps what it has, and tries again at the next interval
+    and at its end.
+
+    Raises:
+        UserError: the last checkpoint of the run cannot be written.
+    """
+
+    def before_train(self, runner) -> None:
+        super().before_train(runner)
+        self._unsaved: OSError | None = None
+        if runner.resumed_from:
+            self.last_ckpt = runner.resumed_from
+        if is_main_process():
+            remove_partial_files(Path(self.out_dir))
+
+    def after_train(self, runner) -> None:
+        if self._unsaved and not self.by_epoch:
+            self.save(runner, runner.iter)
+        if self._unsaved:
+            raise UserError(
+                f'the last iterations are lost: {self.out_dir} cannot be written ({self._unsaved.strerror}); '
+                f'{runner.last_checkpoint}: make room, then --resume'
+            )
+        super().after_train(runner)
+
+    def save(self, runner, iteration: int) -> None:
+        """A checkpoint after so many iterations, outside the intervals; none if there is one already.
+
+        By epochs there is none: mmengine goes on from whole epochs only.
+        """
+        name = self.filename_tmpl.format(iteration)
+        if not self.by_epoch and (self._unsaved or Path(self.last_ckpt or '').name != name):
+            self._save_checkpoint_with_step(runner, iteration, dict(epoch=runner.epoch, iter=iteration))
+
+    def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
+        path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step))
+        hub, before = runner.message_hub, dict(runner.message_hub.runtime_info)
+        # They are part of the checkpoint.
+        hub.update_info('last_ckpt', path)
+        if self.max_keep_ckpts > 0:
+            ids = [*(i for i in self.keep_ckpt_ids if i != step), step]
+            hub.update_info('keep_ckpt_ids', ids[-self.max_keep_ckpts :])
+        try:
+            runner.save_checkpoint(
+                self.out_dir, self.filename_tmpl.format(step), self.file_client_args, self.save_optimizer,
+                self.save_param_scheduler, meta, self.by_epoch, self.backend_args, **self.args,
+            )  # fmt: skip
+            if is_main_process():
+                with whole_file(Path(runner.work_dir, 'last_checkpoint'), durable=True) as partial:
+                    partial.write_text(path)
+        except OSError as error:
+            _restore(hub, before)
+            self._unsaved = error
+            runner.logger.error(
+                f'{path} cannot be written ({error.strerror}); {runner.last_checkpoint}. '
+                'The next attempt is at the next interval'
+            )
+            return
+        self._unsaved, self.last_ckpt = None, path
+        if self.max_keep_ckpts > 0:
+            self.keep_ckpt_ids = deque(ids, self.max_keep_ckpts)
+            for outdated in ids[: -self.max_keep_ckpts]:
+                self._remove(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(outdated)))
+
+    def _save_best_checkpoint(self, runner, metrics: dict) -> None:
+        """mmengine's, which would remove the previous best one first if it knew of it."""
+        if not self.save_best:
+            return
+        hub, before = runner.message_hub, dict(runner.message_hub.runtime_info)
+        several = len(self.key_indicators) > 1
+        if several:
+            self.best_ckpt_path_dict = dict.fromkeys(self.key_indicators)
+        else:
+            self.best_ckpt_path = None
+        try:
+            super()._save_best_checkpoint(runner, metrics)
+        except OSError as error:
+            _restore(hub, before)
+            runner.logger.error(f'the best checkpoint so far cannot be written ({error.strerror}): it is lost')
+
+        names = {key: f'best_ckpt_{key}' if several else 'best_ckpt' for key in self.key_indicators}
+        best = {key: hub.runtime_info.get(name) for key, name in names.items()}
+        if several:
+            self.best_ckpt_path_dict = best
+        else:
+            (self.best_ckpt_path,) = best.values()
+        for path in filter(None, map(before.get, names.values())):
+            if path not in best.values():
+                self._remove(path)
+
+    def _remove(self, path: str) -> None:
+        if is_main_process() and self.file_backend.isfile(path):
+            self.file_backend.remove(path)
+
+
+def _restore(hub, runtime_info: dict) -> None:
+    hub.runtime_info.clear()
+    hub.runtime_info.update(runtime_info)

@@ -1,0 +1,170 @@
+"""mmengine's Runner for days on shared machines: whole checkpoints, signals, workers that die, disks that are full."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+from mmengine.runner import Runner
+from mmseg.registry import RUNNERS
+from torch import nn
+from torch.utils.data import DataLoader
+
+from mmseg_inceptionnext.checkpoints import summary
+from mmseg_inceptionnext.data.guard import CurrentFiles, guard
+from mmseg_inceptionnext.errors import BadSample, UserError, one_line
+from mmseg_inceptionnext.files import FULL_DISK, whole_file
+from mmseg_inceptionnext.training.checkpoint_hook import SafeCheckpointHook
+from mmseg_inceptionnext.training.stop_signal import StopOnSignalHook, StopSignal, any_process, outlive_signals
+
+
+@RUNNERS.register_module()
+class SafeRunner(Runner):
+    """A Runner that loses nothing it has computed; mmengine's otherwise.
+
+    - A checkpoint is written beside its place, flushed to the disk, and renamed.
+    - SIGTERM, SIGUSR1 and Ctrl-C end a training between two iterations, with a checkpoint.
+    - A file of the data set that cannot be used ends it in the same way and is named; with ``skip_bad_images`` in the
+      config, training images that cannot be read are replaced by others. Of a worker that dies, the file is named.
+    - A full disk costs logs and pictures, and not the run.
+
+    Attributes:
+        stop_signal: What has ended the training early, if it was a signal.
+        resumed_from (str | None): The checkpoint that it goes on from.
+        skipped_images (Path): Names the training images that were replaced, a line each time.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self.stop_signal = StopSignal()
+        self._current_files: list[CurrentFiles] = []
+        super().__init__(*args, **kwargs)
+
+    @property
+    def resumed_from(self) -> str | None:
+        return self._load_from if self._resume else None
+
+    @property
+    def skipped_images(self) -> Path:
+        return Path(self.work_dir, 'skipped_images.txt')
+
+    def train(self) -> nn.Module:
+        """Run the training loop.
+
+        Raises:
+            UserError: a file of the data set cannot be used, or a data-loading worker has died.
+        """
+        try:
+            with self.stop_signal, self.naming_files_of_dead_workers():
+                return super().train()
+        except BadSample as error:
+            # Data are fetched between iterations, so the weights are those of the last whole one.
+            kept = self.save_now(self.iter)
+            raise UserError(f'{one_line(error)}; {kept}: mend that, then --resume') from error
+
+    def test(self) -> dict:
+        """Run the test loop; a data-loading worker that dies is a UserError that names its file."""
+        with self.naming_files_of_dead_workers():
+            return super().test()
+
+    def stop_if_asked(self, iteration: int) -> None:
+        """Save a checkpoint and end the training loop if a signal asks any process to; all call this together.
+
+        Args:
+            iteration: How many are done.
+        """
+        if any_process(bool(self.stop_signal.received)):
+            self.save_now(iteration)
+            self.train_loop.stop_training = True
+
+    def save_now(self, iteration: int) -> str:
+        """Save a checkpoint outside the intervals, if there is a hook that saves them; say which is the last."""
+        if self._checkpoint_hook and iteration > 0:
+            self._checkpoint_hook.save(self, iteration)
+        return self.last_checkpoint
+
+    @property
+    def last_checkpoint(self) -> str:
+        """Which it is, in words."""
+        path = self._checkpoint_hook and self._checkpoint_hook.last_ckpt
+        return f'the last checkpoint is {path}' if path else 'there is no checkpoint of this run'
+
+    @property
+    def _checkpoint_hook(self) -> SafeCheckpointHook | None:
+        return next((hook for hook in self.hooks if isinstance(hook, SafeCheckpointHook)), None)
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
+        """mmengine's, whose file is whole on the disk, or not there.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if '://' in str(out_dir):  # a store that puts whole objects
+            super().save_checkpoint(out_dir, filename, *args, **kwargs)
+        elif is_main_process():
+            with whole_file(Path(out_dir, filename), durable=True) as partial_file:
+                super().save_checkpoint(str(out_dir), partial_file.name, *args, **kwargs)
+
+    def resume(self, filename: str, *args, **kwargs) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            UserError: what it holds besides weights is damaged.
+        """
+        try:
+            super().resume(filename, *args, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:  # what is in a file can be anything
+            reason = f'{type(error).__name__}: {summary(error)}'
+            raise UserError(f'{filename} cannot be resumed ({reason}): start anew, or from another') from error
+
+    def build_dataloader(self, dataloader: dict | DataLoader, *args, **kwargs) -> DataLoader:
+        """mmengine's, whose data set names its files on failure, and whose workers leave signals to this process."""
+        training = dataloader is self._train_dataloader
+        loader = super().build_dataloader(dataloader, *args, **kwargs)
+        current = CurrentFiles(loader.num_workers)
+        self._current_files.append(current)
+        skip = training and self.cfg.get('skip_bad_images', False)
+        guard(loader.dataset, current, self.skipped_images if skip else None)
+        loader.worker_init_fn = partial(_init_worker, then=loader.worker_init_fn)
+        return loader
+
+    def register_hooks(self, *args, **kwargs) -> None:
+        super().register_hooks(*args, **kwargs)
+        self.register_hook(StopOnSignalHook())
+
+    def call_hook(self, fn_name: str, **kwargs) -> None:
+        """Call a method of every hook; while it trains, one that finds the disk full is reported and passed over."""
+        for hook in self.hooks:
+            try:
+                if hasattr(hook, fn_name):
+                    getattr(hook, fn_name)(self, **kwargs)
+            except OSError as error:
+                if error.errno not in FULL_DISK or 'test' in fn_name:
+                    raise
+                self.logger.error(f'{type(hook).__name__} cannot write: {error.strerror}')
+
+    @contextmanager
+    def naming_files_of_dead_workers(self) -> Iterator[None]:
+        """torch says which process has died, and of what."""
+        try:
+            yield
+        except RuntimeError as error:
+            dead = re.search(r'DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(.*)', str(error))
+            if dead is None:
+                raise
+            files = {current.of(int(pid)) for pid in dead[1].split(', ') for current in self._current_files} - {None}
+            raise BadSample(
+                f'a data-loading worker {dead[2].strip(" .")}, on {", ".join(files) or "no file yet"}: it may have run '
+                'out of memory (fewer workers need less), or the file is bad'
+            ) from error
+
+
+def _init_worker(worker_id: int, then) -> None:
+    outlive_signals()
+    if then is not None:
+        then(worker_id)
