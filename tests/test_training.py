@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_once_is_left_out(tiny_cfg, tmp_path):
     hooks = [hook for hook in tiny_cfg.custom_hooks if hook['type'] != 'StopOnNonFiniteLossHook']
     hooks.append(dict(type='StopOnNonFiniteLossHook', in_a_row=2))
     tiny_cfg.custom_hooks = [*hooks, dict(type='PoisonHook', at=4, target='input')]
-    tiny_cfg.default_hooks.checkpoint.interval = 1
+    tiny_cfg.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=-1)
     train(tiny_cfg, seed=5)
     before, after = (read_checkpoint(Path(tiny_cfg.work_dir, f'iter_{i}.pth')) for i in (4, 5))
     assert_equal_states(before['state_dict'], after['state_dict'])

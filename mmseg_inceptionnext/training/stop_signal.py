@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -71,11 +72,18 @@ def any_process(here: bool) -> bool:
 
 
 def outlive_signals() -> None:
-    """In a data-loading worker: leave signals to the main process, which will want its data until it stops.
+    """In a data-loading worker: leave signals to the main process, which wants its data until it stops.
 
-    Terminals and schedulers send them to all processes of a run. The second SIGTERM ends a worker all the same: so does
-    torch, which terminates one that does not end by itself.
+    Terminals and schedulers send them to all processes of a run. Of SIGTERM, the main process's own is obeyed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    if hasattr(signal, 'sigwaitinfo'):  # not on macOS, where SIGTERM ends a worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
