@@ -52,8 +52,8 @@ def read_checkpoint(path: str | Path) -> dict:
     ``HistoryBuffer`` and the numpy arrays in it. Reading takes about as much memory as the file is large.
 
     Raises:
-        UserError: no such file, truncated, of another format, larger inside than outside, or with a pickled global
-            that is not allowed (named; :func:`trusting_checkpoints` overrules that).
+        UserError: no such file, truncated, damaged, of another format, larger inside than outside, or with a pickled
+            global that is not allowed (named; :func:`trusting_checkpoints` overrules that).
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -64,7 +64,7 @@ def read_checkpoint(path: str | Path) -> dict:
         elif _trusted:
             checkpoint = torch.load(path, map_location='cpu', weights_only=False)
         else:
-            _refuse_bombs(path)
+            _check_container(path)
             with torch.serialization.safe_globals(_mmengine_globals()):
                 checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except UserError:
@@ -92,24 +92,32 @@ def _refused(path: Path, why: str) -> UserError:
     )
 
 
-def _refuse_bombs(path: Path) -> None:
-    """Refuse a file that would take more memory than its size: torch stores tensors as they are, so none needs to.
+def _check_container(path: Path) -> None:
+    """What torch does not look at: how much memory a file would take, and whether its checksums hold.
 
-    The one object that torch lets a pickle make at any size is a bytearray.
+    torch stores tensors as they are, so that no file takes more than its size; the one object that it lets a pickle
+    make at any size is a bytearray. It writes a checksum of every tensor, and does not compare it: one bit that has
+    flipped on a disk is another weight.
+
+    Raises:
+        UserError: there is no need for what the file does.
+        zipfile.BadZipFile: it is damaged.
     """
     if not (size := path.stat().st_size):
         return
     with path.open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if any(content.find(module + b'\nbytearray\n') >= 0 for module in (b'builtins', b'__builtin__')):
             raise _refused(path, 'it wants to run builtins.bytearray')
-        is_zip = content[:4] == b'PK\x03\x04'  # as torch tells its two formats apart
-    if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
+        if content[:4] != b'PK\x03\x04':  # torch's format until 1.6, which has no checksums
+            return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise _refused(path, 'it has compressed entries')
         if sum(entry.file_size for entry in entries) > size:
             raise _refused(path, 'its entries are larger than the file')
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f'the checksum of {damaged} does not hold')
 
 
 def summary(error: BaseException) -> str:

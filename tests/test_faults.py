@@ -4,19 +4,30 @@ import errno
 import os
 import random
 import re
-import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_CONFIG, assert_user_error
+from conftest import ROOT, TINY_CONFIG
+from mmcv.transforms import BaseTransform
+from mmengine.hooks import Hook
+from mmseg.registry import HOOKS, TRANSFORMS
+from PIL import Image
+from test_training import variant
+from torch.utils.data import get_worker_info
 
+from mmseg_inceptionnext import SafeCheckpointHook, UserError, files
 from mmseg_inceptionnext.checkpoints import read_checkpoint
+from mmseg_inceptionnext.config import set_data_root
+from mmseg_inceptionnext.training.train import summary, train
 
 ITERATIONS, INTERVAL = 12, 2
 
@@ -117,3 +128,322 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(training, whole,
     assert counts['during_writes'] >= kills // 6
     assert counts['most_lost'] <= INTERVAL
     assert_ends_as(training, whole)
+
+
+def signalled(training: Training, *signals: signal.Signals, group: bool = False) -> subprocess.CompletedProcess:
+    """Send signals to a run, or to its workers, too, while it trains."""
+    process = training.start()
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.search(r'Iter\(train\) +\[ *3/', line):
+            for number in signals:
+                os.killpg(process.pid, number) if group else process.send_signal(number)
+                time.sleep(0.05)
+    _, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, ''.join(lines), err)
+
+
+@pytest.mark.parametrize(
+    ('number', 'group'), [(signal.SIGTERM, True), (signal.SIGUSR1, False), (signal.SIGINT, True)], ids=str
+)
+def test_a_signal_saves_a_checkpoint_and_says_how_to_resume(training, whole, number, group):
+    process = signalled(training, number, group=group)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert 'Traceback' not in process.stderr and f'{number.name}: saving a checkpoint' in process.stderr
+    stopped, command = process.stdout.strip().splitlines()[-1].split('. Go on: ')
+    assert stopped == f'Stopped by {number.name} after iteration {training.last}' and 3 <= training.last < 6
+    assert command.startswith('python ') and command.endswith(' --resume')
+
+    process = training.run('--resume')
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert 'Iter(train) [ 2/' not in process.stdout
+    assert_ends_as(training, whole)
+    assert sorted(training.work_dir.glob('iter_*.pth')) == [training.work_dir / f'iter_{i}.pth' for i in (10, 12)]
+
+
+def test_a_second_interrupt_ends_at_once(training):
+    process = signalled(training, signal.SIGINT, signal.SIGINT)
+    assert process.returncode == -signal.SIGINT and 'Ctrl-C again stops at once' in process.stderr
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == 'truncated':
+        path.write_bytes(content[: len(content) // 2])
+    elif how == 'flipped':
+        path.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    elif how == 'foreign':
+        torch.save({'state_dict': {'a': torch.zeros(1)}}, path)
+    elif how == 'empty':
+        path.write_bytes(b'')
+
+
+@pytest.mark.parametrize('how', ['truncated', 'flipped', 'foreign', 'empty'])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(tiny_cfg, how):
+    """And the run ends with the same weights."""
+    tiny_cfg.default_hooks.checkpoint.update(interval=1)
+    work_dir = Path(tiny_cfg.work_dir)
+    whole = train(deepcopy(tiny_cfg), seed=5).model.state_dict()
+    damage(work_dir / 'iter_6.pth', how)
+    damage(work_dir / 'last_checkpoint', 'empty' if how == 'empty' else '')
+    runner = train(deepcopy(tiny_cfg), resume=True)
+    log = (Path(runner.log_dir) / f'{runner.timestamp}.log').read_text()
+    assert re.search(r'iter_6\.pth .*going on from .*iter_5\.pth instead: 1 iterations are lost', log, re.DOTALL)
+    assert 'Iter(train) [6/6]' in log and 'Iter(train) [5/6]' not in log
+    assert [key for key in whole if not torch.equal(whole[key], runner.model.state_dict()[key])] == []
+
+
+def test_damaged_checkpoints_alone_do_not_start_a_new_run(tiny_cfg):
+    train(deepcopy(tiny_cfg), seed=5)
+    work_dir = Path(tiny_cfg.work_dir)
+    for path in work_dir.glob('iter_*.pth'):
+        damage(path, 'truncated')
+    with pytest.raises(UserError, match=r'iter_6\.pth is truncated.*; .*iter_3\.pth is truncated'):
+        train(deepcopy(tiny_cfg), resume=True)
+
+
+def test_a_named_checkpoint_that_is_damaged_is_not_replaced_but_the_one_before_is_named(tiny_cfg):
+    train(deepcopy(tiny_cfg), seed=5)
+    damage(Path(tiny_cfg.work_dir, 'iter_6.pth'), 'truncated')
+    with pytest.raises(UserError, match=r'iter_6\.pth is truncated.*--resume .*iter_3\.pth is the one before'):
+        train(deepcopy(tiny_cfg), resume=str(Path(tiny_cfg.work_dir, 'iter_6.pth')))
+
+
+def test_what_does_not_fit_the_optimizer_is_not_resumed(tiny_cfg):
+    train(variant(tiny_cfg, tiny_cfg.work_dir), seed=5)
+    path = Path(tiny_cfg.work_dir, 'iter_6.pth')
+    content = read_checkpoint(path)
+    content['optimizer']['state'][0]['exp_avg'] = torch.zeros(7)
+    torch.save(content, path)
+    with pytest.raises(UserError, match=r'iter_6\.pth cannot be resumed, its optimizer does not fit'):
+        train(deepcopy(tiny_cfg), resume=str(path))
+
+
+class FullDisk:
+    """The disk has no room for files named so, for some attempts."""
+
+    def __init__(self, monkeypatch, suffix: str, attempts: int):
+        self.attempts, sync = attempts, files._sync
+
+        def full(path: Path) -> None:
+            if path.name.endswith(suffix) and self.attempts:
+                self.attempts -= 1
+                raise OSError(errno.ENOSPC, 'No space left on device', str(path))
+            sync(path)
+
+        monkeypatch.setattr(files, '_sync', full)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_tries_again(tiny_cfg, monkeypatch):
+    tiny_cfg.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=1)
+    work_dir = Path(tiny_cfg.work_dir)
+    there = []
+    monkeypatch.setattr(
+        SafeCheckpointHook, 'before_train_iter',
+        lambda *_, **__: there.append(sorted(path.name for path in work_dir.glob('iter_*.pth'))), raising=False,
+    )  # fmt: skip
+    train(variant(tiny_cfg, work_dir, **{'train_cfg.max_iters': 2}), seed=5)
+    FullDisk(monkeypatch, '.part.pth', attempts=2)
+    runner = train(tiny_cfg, resume=True)
+    assert there[2:] == [['iter_2.pth'], ['iter_2.pth'], ['iter_2.pth'], ['iter_5.pth']]
+    log = (Path(runner.log_dir) / f'{runner.timestamp}.log').read_text()
+    assert log.count('cannot be written (No space left on device); the last checkpoint is') == 2
+    assert [path.name for path in work_dir.glob('iter_*.pth')] == ['iter_6.pth']
+    assert list(work_dir.glob('.*.part*')) == []
+
+
+def test_a_disk_that_stays_full_is_an_error_that_keeps_what_there_is(tiny_cfg, monkeypatch):
+    tiny_cfg.default_hooks.checkpoint.update(interval=1)
+    train(variant(tiny_cfg, tiny_cfg.work_dir, **{'train_cfg.max_iters': 2}), seed=5)
+    FullDisk(monkeypatch, '.part.pth', attempts=100)
+    with pytest.raises(UserError, match=r'the last iterations are lost: .*the last checkpoint is .*iter_2\.pth'):
+        train(variant(tiny_cfg, tiny_cfg.work_dir), resume=True)
+    monkeypatch.undo()
+    assert train(variant(tiny_cfg, tiny_cfg.work_dir), resume=True).iter == 6
+
+
+def test_the_previous_best_checkpoint_goes_when_the_new_one_is_there(tiny_cfg, monkeypatch):
+    runner = train(tiny_cfg, seed=5)
+    (hook,) = (hook for hook in runner.hooks if isinstance(hook, SafeCheckpointHook))
+    work_dir, hub = Path(tiny_cfg.work_dir), runner.message_hub
+    runner.train_loop._iter = 8
+    with monkeypatch.context() as patch:
+        FullDisk(patch, '.part.pth', attempts=1)
+        hook._save_best_checkpoint(runner, {'mIoU': 50.0})
+    assert hub.get_info('best_score') < 50 and hub.get_info('best_ckpt') == hook.best_ckpt_path
+    assert [path.name for path in work_dir.glob('best*')] == ['best_mIoU_iter_6.pth']
+
+    there, replace = [], os.replace
+    monkeypatch.setattr(
+        os, 'replace', lambda *paths: (there.append(sorted(p.name for p in work_dir.glob('best*'))), replace(*paths))
+    )
+    hook._save_best_checkpoint(runner, {'mIoU': 60.0})
+    assert there[0] == ['best_mIoU_iter_6.pth'] and there[-1] == ['best_mIoU_iter_6.pth', 'best_mIoU_iter_8.pth']
+    assert [path.name for path in work_dir.glob('best*')] == ['best_mIoU_iter_8.pth']
+    assert read_checkpoint(work_dir / 'iter_8.pth')['message_hub']['runtime_info']['best_score'] == 60.0
+
+
+def test_a_disk_that_is_really_full_for_a_while(training, whole, tmp_path):
+    """A small file system of its own, which the test fills to the last byte after a checkpoint and empties again."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+    mount = ['unshare', '--map-root-user', '--mount', 'bash', '-c']
+    if not shutil.which('unshare') or subprocess.run([*mount, f'mount -t tmpfs none {folder}']).returncode:
+        pytest.skip('this system lets no user mount a file system')
+    training.work_dir = training.command[training.command.index('--work-dir') + 1] = folder / 'work'
+    script = f"""
+        mount -t tmpfs -o size=24m none {folder}
+        {shlex.join(map(str, training.command))} & run=$!
+        until [ -f {folder}/work/last_checkpoint ]; do sleep 0.01; done
+        cat /dev/zero > {folder}/filler
+        until grep -q 'cannot be written' {tmp_path}/out; do sleep 0.01; kill -0 $run || break; done
+        sleep 1; rm {folder}/filler
+        wait $run || exit; cp -r {folder}/work {tmp_path}/kept
+    """
+    with (tmp_path / 'out').open('w') as out:
+        process = subprocess.run(
+            [*mount, script],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            timeout=120,
+            env=os.environ | {'OMP_NUM_THREADS': '1'},
+        )
+    log = (tmp_path / 'out').read_text()
+    assert process.returncode == 0, log[-3000:]
+    assert 'cannot be written (No space left on device); the last checkpoint is' in log
+    training.work_dir = tmp_path / 'kept'
+    assert_ends_as(training, whole)
+
+
+def spoil(root: Path, number: int, how: str = 'truncated', split: str = 'training') -> Path:
+    """Damage an image of a data set."""
+    (path,) = (root / 'images' / split).glob(f'*{number:08}.jpg')
+    if how == 'truncated':
+        path.write_bytes(path.read_bytes()[:-200])
+    elif how == 'text':
+        path.write_text('not an image')
+    elif how == 'empty':
+        path.write_bytes(b'')
+    elif how == 'bomb':
+        Image.new('1', (20000, 20000)).save(path, 'png')
+    elif how == 'thin':
+        Image.new('RGB', (20000, 1)).save(path)
+        (annotation,) = (root / 'annotations' / split).glob(f'*{number:08}.png')
+        Image.new('L', (20000, 1), 1).save(annotation)
+    return path
+
+
+@pytest.fixture
+def spoilt_root(mini_root, tmp_path) -> Path:
+    return shutil.copytree(mini_root, tmp_path / 'data')
+
+
+@pytest.mark.parametrize('how', ['truncated', 'text', 'empty', 'bomb', 'thin'])
+def test_a_bad_image_ends_the_run_with_its_name_and_a_checkpoint(tiny_cfg, spoilt_root, how):
+    set_data_root(tiny_cfg, spoilt_root)
+    path = spoil(spoilt_root, 3, how)
+    with pytest.raises(UserError, match=rf'{path.stem}\..*(the last checkpoint is .*iter_\d|there is no checkpoint)'):
+        train(tiny_cfg, seed=4)
+
+
+def test_a_bad_image_met_by_a_worker_costs_no_iteration(tiny_cfg, spoilt_root, mini_root, tmp_path):
+    """The run goes on from where it was when the image is mended, to the same weights."""
+    tiny_cfg.train_dataloader.num_workers = 1
+    whole = train(variant(tiny_cfg, tmp_path / 'whole'), seed=5).model.state_dict()
+    set_data_root(tiny_cfg, spoilt_root)
+    path = spoil(spoilt_root, 3)
+    with pytest.raises(UserError, match=rf'{path.name}: .*truncated.*; (.*iter_\d.*|.*no checkpoint.*)--resume'):
+        train(variant(tiny_cfg, tmp_path / 'parts'), seed=5)
+    shutil.copy(mini_root / path.relative_to(spoilt_root), path)
+    resumed = train(variant(tiny_cfg, tmp_path / 'parts'), seed=5, resume=True).model.state_dict()
+    assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
+
+
+def test_bad_images_are_skipped_counted_and_the_run_stays_reproducible(tiny_cfg, spoilt_root, tmp_path):
+    set_data_root(tiny_cfg, spoilt_root)
+    bad = [spoil(spoilt_root, 2, 'text'), spoil(spoilt_root, 3)]
+    workers = {'train_dataloader.num_workers': 2}
+    runner = train(variant(tiny_cfg, tmp_path / 'whole', **workers), seed=5, skip_bad_images=True)
+    skipped = summary(runner)['skipped']
+    assert sorted(Path(line.split(': ')[0]).name for line in skipped) == [path.name for path in bad]
+    assert sum(skipped.values()) >= 4
+    part = {'train_cfg.max_iters': 3}
+    train(variant(tiny_cfg, tmp_path / 'parts', **part), seed=5, skip_bad_images=True)
+    resumed = train(variant(tiny_cfg, tmp_path / 'parts', **workers), resume=True, skip_bad_images=True)
+    whole, ours = runner.model.state_dict(), resumed.model.state_dict()
+    assert [key for key in whole if not torch.equal(whole[key], ours[key])] == []
+
+
+def test_a_folder_of_bad_images_alone_ends_the_run(tiny_cfg, spoilt_root):
+    set_data_root(tiny_cfg, spoilt_root)
+    for number in range(1, 5):
+        spoil(spoilt_root, number, 'empty')
+    with pytest.raises(UserError, match='50 files in a row cannot be read'):
+        train(tiny_cfg, seed=5, skip_bad_images=True)
+
+
+def test_a_bad_label_is_not_skipped(tiny_cfg, spoilt_root):
+    set_data_root(tiny_cfg, spoilt_root)
+    for path in (spoilt_root / 'annotations' / 'training').iterdir():
+        Image.fromarray(np.full((96, 96), 200, np.uint8)).save(path)
+    with pytest.raises(UserError, match='has label 200, outside 1 … 150'):
+        train(tiny_cfg, seed=5, skip_bad_images=True)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_validation_that_fails_does_not_lose_the_run(tiny_cfg, spoilt_root, tmp_path, workers):
+    """Nor does a later one, of the same workers, suffer from it."""
+    tiny_cfg.train_cfg.val_interval = 2
+    tiny_cfg.val_dataloader.update(num_workers=workers, persistent_workers=bool(workers))
+    whole = train(variant(tiny_cfg, tmp_path / 'whole'), seed=5).model.state_dict()
+    set_data_root(tiny_cfg, spoilt_root)
+    path = spoil(spoilt_root, 2, split='validation')
+    tiny_cfg.custom_hooks = [*tiny_cfg.custom_hooks, dict(type='MendHook', at=5, path=str(path))]
+    runner = train(variant(tiny_cfg, tmp_path / 'spoilt'), seed=5)
+    end = summary(runner)
+    assert list(end['failed_validations']) == [2, 4]
+    assert all(f'{path}: ' in reason and 'Traceback' not in reason for reason in end['failed_validations'].values())
+    assert end['iteration'] == 6 and end['best'] is not None
+    assert [key for key in whole if not torch.equal(whole[key], runner.model.state_dict()[key])] == []
+
+
+@HOOKS.register_module()
+class MendHook(Hook):
+    """Replaces a damaged image before an iteration."""
+
+    def __init__(self, at: int, path: str):
+        self.at, self.path = at, path
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if batch_idx == self.at:
+            Image.new('RGB', (96, 96)).save(self.path)
+
+
+@TRANSFORMS.register_module()
+class DieAt(BaseTransform):
+    """The worker dies on a file, as if it had run out of memory."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def transform(self, results: dict) -> dict:
+        if results['img_path'].endswith(self.name) and get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return results
+
+
+def test_of_a_worker_that_dies_the_file_is_named(tiny_cfg):
+    tiny_cfg.train_dataloader.update(num_workers=2)
+    tiny_cfg.train_dataloader.dataset.pipeline.insert(1, dict(type='DieAt', name='ADE_train_00000003.jpg'))
+    with pytest.raises(
+        UserError, match=r'a data-loading worker .*, on .*_00000003\.jpg and .*_00000003\.png: .*--resume'
+    ):
+        train(tiny_cfg, seed=5)
+
+
+def test_a_bug_in_a_pipeline_names_the_file_and_keeps_its_cause(tiny_cfg):
+    del tiny_cfg.train_dataloader.dataset.pipeline[1]  # the image is never read
+    with pytest.raises(RuntimeError, match=r'the pipeline failed on .*\.jpg and .*\.png') as caught:
+        train(tiny_cfg, seed=5)
+    assert isinstance(caught.value.__cause__, KeyError)
