@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,7 +66,8 @@ def read_checkpoint(path: str | Path) -> dict:
             checkpoint = torch.load(path, map_location='cpu', weights_only=False)
         else:
             _check_container(path)
-            with torch.serialization.safe_globals(_mmengine_globals()):
+            with torch.serialization.safe_globals(_mmengine_globals()), warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # of what an error says, too
                 checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except UserError:
         raise
@@ -77,9 +79,8 @@ def read_checkpoint(path: str | Path) -> dict:
     except PermissionError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}') from error
     except Exception as error:  # readers raise anything on damage: of zip, pickle, torch, numpy and safetensors
-        raise UserError(
-            f'{path} is truncated or not a checkpoint ({type(error).__name__}: {summary(error)})'
-        ) from error
+        reason = f'{type(error).__name__}: {summary(error)}'.removesuffix(': ')
+        raise UserError(f'{path} is truncated, damaged or not a checkpoint ({reason})') from error
     if not isinstance(checkpoint, dict):
         raise UserError(f'{path} holds a {type(checkpoint).__name__} where a state dict was expected')
     return checkpoint
