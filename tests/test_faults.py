@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_CONFIG
+from conftest import ROOT, TINY_CONFIG, assert_user_error
 from mmcv.transforms import BaseTransform
 from mmengine.hooks import Hook
-from mmseg.registry import HOOKS, TRANSFORMS
+from mmseg.registry import DATASETS, HOOKS, TRANSFORMS
 from PIL import Image
 from test_training import variant
 from torch.utils.data import get_worker_info
@@ -327,11 +327,23 @@ def spoil(root: Path, number: int, how: str = 'truncated', split: str = 'trainin
         path.write_bytes(b'')
     elif how == 'bomb':
         Image.new('1', (20000, 20000)).save(path, 'png')
-    elif how == 'thin':
-        Image.new('RGB', (20000, 1)).save(path)
+    elif how in ('thin', 'dot'):
+        size = {'thin': (20000, 1), 'dot': (1, 1)}[how]
+        Image.new('RGB', size).save(path)
         (annotation,) = (root / 'annotations' / split).glob(f'*{number:08}.png')
-        Image.new('L', (20000, 1), 1).save(annotation)
+        Image.new('L', size, 1).save(annotation)
     return path
+
+
+def disguise(path: Path, how: str) -> None:
+    """Save an image as something that is unusual, and an image."""
+    with Image.open(path) as image:
+        if how == 'animated':
+            image.save(path, 'webp', save_all=True, append_images=[image.transpose(Image.Transpose.ROTATE_180)])
+        elif how == 'palette':
+            image.convert('P').save(path, 'png')
+        else:
+            image.convert({'CMYK': 'CMYK', 'grey': 'L'}[how]).save(path, 'jpeg')
 
 
 @pytest.fixture
@@ -339,12 +351,40 @@ def spoilt_root(mini_root, tmp_path) -> Path:
     return shutil.copytree(mini_root, tmp_path / 'data')
 
 
-@pytest.mark.parametrize('how', ['truncated', 'text', 'empty', 'bomb', 'thin'])
+@pytest.mark.parametrize('how', ['truncated', 'text', 'empty', 'bomb', 'thin', 'dot'])
 def test_a_bad_image_ends_the_run_with_its_name_and_a_checkpoint(tiny_cfg, spoilt_root, how):
     set_data_root(tiny_cfg, spoilt_root)
     path = spoil(spoilt_root, 3, how)
     with pytest.raises(UserError, match=rf'{path.stem}\..*(the last checkpoint is .*iter_\d|there is no checkpoint)'):
         train(tiny_cfg, seed=4)
+
+
+@pytest.mark.parametrize('how', ['animated', 'palette', 'CMYK', 'grey'])
+def test_unusual_images_are_images(tiny_cfg, spoilt_root, how):
+    set_data_root(tiny_cfg, spoilt_root)
+    for path in (spoilt_root / 'images').rglob('*.jpg'):
+        disguise(path, how)
+    for split in ('train', 'test'):
+        dataset = DATASETS.build(tiny_cfg[f'{split}_dataloader'].dataset)
+        for i in range(len(dataset)):
+            assert dataset[i]['inputs'].shape[0] == 3
+
+
+def test_of_image_and_annotation_the_damaged_one_is_named(tiny_cfg, spoilt_root):
+    set_data_root(tiny_cfg, spoilt_root)
+    for path in (spoilt_root / 'annotations' / 'training').iterdir():
+        path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r'annotations/training/ADE_train_0000000\d\.png cannot be used') as caught:
+        train(tiny_cfg, seed=5)
+    assert '.jpg' not in str(caught.value)
+
+
+def test_a_bad_test_image_is_one_line(trained, spoilt_root, tool):
+    path = spoil(spoilt_root, 2, split='validation')
+    process = tool(
+        'test', TINY_CONFIG, trained, '--data-root', spoilt_root, '--cfg-options', 'test_dataloader.num_workers=1'
+    )
+    assert_user_error(process, f'{path}: ', 'truncated')
 
 
 def test_a_bad_image_met_by_a_worker_costs_no_iteration(tiny_cfg, spoilt_root, mini_root, tmp_path):

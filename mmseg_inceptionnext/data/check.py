@@ -12,7 +12,7 @@ from mmseg.registry import DATASETS, TRANSFORMS
 from PIL import Image
 
 from mmseg_inceptionnext.data.pipeline import leaves
-from mmseg_inceptionnext.errors import BadSample, UnreadableFile, UserError
+from mmseg_inceptionnext.errors import BadSample, UserError
 
 _HOW_TO_GET = (
     'pass --data-root, or unpack ADEChallengeData2016.zip (http://sceneparsing.csail.mit.edu) there; '
@@ -41,8 +41,8 @@ class CheckAnnotation(BaseTransform):
         with Image.open(path) as stored:  # LoadAnnotations has cast it to 8 bits, whatever it was
             if stored.mode[0] in 'IF' and stored.getextrema()[1] > 255:
                 raise BadSample(f'{path} has label {stored.getextrema()[1]}: an annotation has 8 bits')
-        if labels.ndim == 1:  # LoadAnnotations has taken an axis away
-            raise UnreadableFile(f'{path} is one pixel wide or high: leave it out of the data set')
+        if labels.ndim < 2:  # LoadAnnotations squeezes them
+            raise BadSample(f'{path} is one pixel wide or high: correct the annotation')
         if labels.ndim != 2:
             raise BadSample(f'{path} has {labels.shape[2]} channels: an annotation has one, which holds class ids')
         if labels.shape != tuple(results['ori_shape']):

@@ -37,8 +37,11 @@ class ReadImage(BaseTransform):
     """
 
     def transform(self, results: dict) -> dict:
-        results['img'] = cv2.cvtColor(read_image(results['img_path']), cv2.COLOR_RGB2BGR)
-        results['img_shape'] = results['ori_shape'] = results['img'].shape[:2]
+        image = cv2.cvtColor(read_image(results['img_path']), cv2.COLOR_RGB2BGR)
+        shape = image.shape[:2]
+        if 1 in shape and results.get('seg_map_path'):  # of whose annotation LoadAnnotations squeezes an axis away
+            raise UnreadableFile(f'{results["img_path"]} is {shape[1]}×{shape[0]}: too thin to be trained or tested on')
+        results.update(img=image, img_shape=shape, ori_shape=shape)
         return results
 
 

@@ -77,7 +77,7 @@ class SafeRunner(Runner):
             iteration: How many are done.
         """
         if any_process(bool(self.stop_signal.received)):
-            self.save_now(iteration)
+            self.logger.info(f'Asked to stop after iteration {iteration}; {self.save_now(iteration)}')
             self.train_loop.stop_training = True
 
     def save_now(self, iteration: int) -> str:

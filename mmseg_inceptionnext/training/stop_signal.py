@@ -42,7 +42,8 @@ class StopSignal:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             hint = '; Ctrl-C again stops at once'
-        print(f'{signal.Signals(number).name}: saving a checkpoint after this iteration{hint}', file=sys.stderr)
+        line = f'{signal.Signals(number).name}: saving a checkpoint after this iteration{hint}\n'
+        os.write(sys.stderr.fileno(), line.encode())  # print may be what was interrupted
 
 
 class StopOnSignalHook(Hook):
