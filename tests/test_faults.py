@@ -162,6 +162,25 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_resume(training, whole, num
     assert sorted(training.work_dir.glob('iter_*.pth')) == [training.work_dir / f'iter_{i}.pth' for i in (10, 12)]
 
 
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both_with_a_checkpoint(training, whole):
+    python, *command = training.command
+    training.command = [python, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, *command]
+    process = training.start('--launcher', 'pytorch')
+    sent = False
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if not sent and re.search(r'Iter\(train\) +\[ *3/', line):
+            children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+            os.kill(int(children[-1]), signal.SIGUSR1)
+            sent = True
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-3000:]
+    assert 'Stopped by' in ''.join(lines) and 3 <= training.last < 6
+    assert read_checkpoint(training.work_dir / f'iter_{training.last}.pth')['meta']['iter'] == training.last
+
+
 def test_a_second_interrupt_ends_at_once(training):
     process = signalled(training, signal.SIGINT, signal.SIGINT)
     assert process.returncode == -signal.SIGINT and 'Ctrl-C again stops at once' in process.stderr

@@ -33,13 +33,15 @@ class SafeRunner(Runner):
     - A full disk costs logs and pictures, and not the run.
 
     Attributes:
-        stop_signal: What has ended the training early, if it was a signal.
+        stop_signal: What this process has received.
+        stopped_by (str | None): What has ended the training early, if that was a signal.
         resumed_from (str | None): The checkpoint that it goes on from.
         skipped_images (Path): Names the training images that were replaced, a line each time.
     """
 
     def __init__(self, *args, **kwargs):
         self.stop_signal = StopSignal()
+        self.stopped_by: str | None = None
         self._current_files: list[CurrentFiles] = []
         super().__init__(*args, **kwargs)
 
@@ -77,6 +79,8 @@ class SafeRunner(Runner):
             iteration: How many are done.
         """
         if any_process(bool(self.stop_signal.received)):
+            received = self.stop_signal.received
+            self.stopped_by = received.name if received else 'a signal to another process'
             self.logger.info(f'Asked to stop after iteration {iteration}; {self.save_now(iteration)}')
             self.train_loop.stop_training = True
 

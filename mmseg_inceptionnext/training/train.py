@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 
 from mmseg_inceptionnext.checkpoints import read_checkpoint
@@ -72,15 +73,14 @@ def summary(runner: SafeRunner) -> dict:
     Returns:
         ``{'best', 'iteration', 'checkpoint', 'config'}`` of the best validation: its figure, when it was reached, its
         checkpoint, and the whole config that the run wrote beside it. Without a best one, of the last. And
-        ``{'done', 'stopped_by', 'failed_validations', 'skipped'}``: the iterations that are done, the name of the
-        signal that ended them early or None, why validations failed by iteration, and how often each damaged image was
+        ``{'done', 'stopped_by', 'failed_validations', 'skipped'}``: the iterations that are done, which signal
+        ended them early or None, why validations failed by iteration, and how often each damaged image was
         replaced, by message.
     """
     hub, work_dir = runner.message_hub, Path(runner.work_dir)
     best = hub.get_info('best_ckpt')
     checkpoint = Path(best or hub.get_info('last_ckpt') or work_dir / f'iter_{runner.iter}.pth')
     iteration = re.search(r'iter_(\d+)', checkpoint.name)
-    stopped = runner.stop_signal.received if runner.iter < runner.max_iters else None
     skipped = runner.skipped_images.read_text().splitlines() if runner.skipped_images.is_file() else []
     return {
         'best': hub.get_info('best_score') if best else None,
@@ -88,7 +88,7 @@ def summary(runner: SafeRunner) -> dict:
         'checkpoint': checkpoint,
         'config': work_dir / Path(runner.cfg.filename).name,
         'done': runner.iter,
-        'stopped_by': stopped.name if stopped else None,
+        'stopped_by': runner.stopped_by if runner.iter < runner.max_iters else None,
         'failed_validations': dict(getattr(runner.val_loop, 'failures', {})),
         'skipped': dict(Counter(skipped)),
     }
@@ -136,13 +136,16 @@ def _use_safe_parts(cfg: Config) -> None:
 
 
 def _new_runner(cfg: Config) -> SafeRunner:
-    if cfg.get('load_from') is None:
-        return SafeRunner.from_cfg(cfg)
-    # A segmentor to fine-tune. mmengine would load what happens to match.
-    content = read_checkpoint(cfg.load_from)
-    cfg.model.backbone.init_cfg = None
+    source = cfg.get('load_from')
+    if source is not None:
+        # A segmentor to fine-tune. mmengine would load what happens to match.
+        content = read_checkpoint(source)
+        cfg.model.backbone.init_cfg = None
     runner = SafeRunner.from_cfg(cfg)
-    check_fits(runner.model, content, cfg.load_from, ARCHS)
+    if source is not None:
+        check_fits(runner.model, content, source, ARCHS)
+    if is_main_process():
+        runner.skipped_images.unlink(missing_ok=True)  # of another run in this work dir
     return runner
 
 
