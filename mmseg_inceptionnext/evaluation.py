@@ -25,7 +25,7 @@ from mmseg_inceptionnext.models.multi_scale_segmentor import MultiScaleSegmentor
 from mmseg_inceptionnext.report.confusion import HEADLINE, ConfusionMetric
 from mmseg_inceptionnext.report.page import write_report
 from mmseg_inceptionnext.training.runner import SafeRunner
-from mmseg_inceptionnext.weights import check_fits
+from mmseg_inceptionnext.weights import load_segmentor
 
 
 @METRICS.register_module()
@@ -111,8 +111,7 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='OverlayHook', out_dir=str(show_dir))]
 
     runner = SafeRunner.from_cfg(cfg)
-    check_fits(runner.model, content, checkpoint, ARCHS)
-    runner.load_checkpoint(str(checkpoint), map_location='cpu', strict=True)
+    load_segmentor(runner.model, content, checkpoint, ARCHS)
     if is_model_wrapper(runner.model):
         runner.model.module = _prepared(runner.model.module, fast, tta)
     else:

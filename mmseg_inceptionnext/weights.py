@@ -109,7 +109,9 @@ def check_fits(model: nn.Module, checkpoint: dict, path: str | Path, archs: Mapp
 def load_segmentor(model: nn.Module, checkpoint: dict, path: str | Path, archs: Mapping[str, dict]) -> None:
     """Load a trained segmentor, all of it or nothing; see :func:`check_fits`."""
     check_fits(model, checkpoint, path, archs)
-    model.load_state_dict(_tensors(checkpoint.get('state_dict', checkpoint)))
+    (model.module if is_model_wrapper(model) else model).load_state_dict(
+        _tensors(checkpoint.get('state_dict', checkpoint))
+    )
 
 
 def recognise_arch(state_dict: Mapping[str, Tensor], archs: Mapping[str, dict]) -> str | None:

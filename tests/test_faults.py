@@ -501,6 +501,16 @@ def test_of_a_worker_that_dies_the_file_is_named(tiny_cfg):
         train(tiny_cfg, seed=5)
 
 
+@pytest.mark.slow
+def test_a_worker_that_dies_in_validation_costs_that_validation(tiny_cfg):
+    tiny_cfg.train_cfg.val_interval = 3
+    tiny_cfg.val_dataloader.update(num_workers=1, persistent_workers=True)
+    tiny_cfg.val_dataloader.dataset.pipeline.insert(0, dict(type='DieAt', name='ADE_val_00000002.jpg'))
+    end = summary(train(tiny_cfg, seed=5))
+    assert end['done'] == 6 and list(end['failed_validations']) == [3, 6]
+    assert all('ADE_val_00000002.jpg' in reason for reason in end['failed_validations'].values())
+
+
 def test_a_bug_in_a_pipeline_names_the_file_and_keeps_its_cause(tiny_cfg):
     del tiny_cfg.train_dataloader.dataset.pipeline[1]  # the image is never read
     with pytest.raises(RuntimeError, match=r'the pipeline failed on .*\.jpg and .*\.png') as caught:

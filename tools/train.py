@@ -39,7 +39,8 @@ def main() -> None:
 
     cfg = load_config(args.config, args.work_dir, args.data_root, args.launcher, args.cfg_options)
     options = dict(
-        weights=args.weights, resume=args.resume, amp=args.amp, seed=args.seed, auto_batch=args.auto_batch
+        weights=args.weights, resume=args.resume, amp=args.amp, seed=args.seed, auto_batch=args.auto_batch,
+        skip_bad_images=args.skip_bad_images,
     )  # fmt: skip
     with trusting_checkpoints(args.trust_checkpoint):
         if args.dry_run:
@@ -47,7 +48,7 @@ def main() -> None:
             if is_main_process():
                 print(resolved)
             return
-        runner = train(cfg, **options, skip_bad_images=args.skip_bad_images)
+        runner = train(cfg, **options)
     if is_main_process():
         report(summary(runner))
 

@@ -13,11 +13,11 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.hooks import Hook
-from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 
 from mmseg_inceptionnext.measure.machine import device_name, peak_memory_mb
 from mmseg_inceptionnext.training.batch import EffectiveBatch, effective_batch
+from mmseg_inceptionnext.training.runner import SafeRunner
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Plan:
         return text + (f'\nwarning: {self.batch.warning}' if self.batch.warning else '')
 
 
-def dry_run(cfg: Config, make_runner: Callable[[Config], Runner]) -> Plan:
+def dry_run(cfg: Config, make_runner: Callable[[Config], SafeRunner]) -> Plan:
     """Build all of a run, train two iterations and validate one batch twice, once each to warm up; keep nothing.
 
     Args:
@@ -114,6 +114,8 @@ def dry_run(cfg: Config, make_runner: Callable[[Config], Runner]) -> Plan:
         cfg.work_dir = folder
         runner = make_runner(cfg)
         runner.train()
+        if runner.stopped_by:
+            raise KeyboardInterrupt
         hook = next(hook for hook in runner.hooks if isinstance(hook, _StopwatchHook))
         if has_validation:
             runner.call_hook('before_val')

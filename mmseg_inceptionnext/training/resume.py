@@ -74,14 +74,11 @@ def _newest_first(folder: Path) -> list[Path]:
 
     Later ones are left from another run.
     """
-    found = sorted(folder.glob('iter_*.pth'), key=_iteration, reverse=True)
     pointer = folder / 'last_checkpoint'
-    named = Path(pointer.read_text(errors='replace').strip().replace('\0', '')) if pointer.is_file() else Path()
-    if not named.name:
-        return found
-    beside = folder / named.name
-    last = beside if beside.is_file() or not named.is_file() else named
-    return [last, *(path for path in found if _iteration(path) < _iteration(last))]
+    named = Path(pointer.read_text(errors='replace').replace('\0', '').strip()) if pointer.is_file() else Path()
+    last = folder / named.name if (folder / named.name).is_file() or not named.is_file() else named
+    found = sorted(last.parent.glob('iter_*.pth') if named.name else folder.glob('iter_*.pth'), key=_iteration)[::-1]
+    return [last, *(path for path in found if _iteration(path) < _iteration(last))] if named.name else found
 
 
 def _iteration(path: Path) -> int:

@@ -55,16 +55,15 @@ def train(
     Raises:
         UserError: the data set, the weights or the checkpoint cannot be read or do not fit; or the loss is not finite.
     """
-    cfg.skip_bad_images = skip_bad_images or cfg.get('skip_bad_images', False)
-    runner = _prepare(cfg, weights, resume, amp, seed, auto_batch)(cfg)
+    runner = _prepare(cfg, weights, resume, amp, seed, auto_batch, skip_bad_images)(cfg)
     runner.train()
     return runner
 
 
 def plan(cfg: Config, weights: str | None = None, resume: str | bool = False, amp: bool = False,
-         seed: int | None = None, auto_batch: bool = False) -> Plan:  # fmt: skip
+         seed: int | None = None, auto_batch: bool = False, skip_bad_images: bool = False) -> Plan:  # fmt: skip
     """What :func:`train` would do with the same arguments, and what it would cost; see :func:`dry_run`."""
-    return dry_run(cfg, _prepare(cfg, weights, resume, amp, seed, auto_batch))
+    return dry_run(cfg, _prepare(cfg, weights, resume, amp, seed, auto_batch, skip_bad_images))
 
 
 def summary(runner: SafeRunner) -> dict:
@@ -95,7 +94,7 @@ def summary(runner: SafeRunner) -> dict:
 
 
 def _prepare(cfg: Config, weights: str | None, resume: str | bool, amp: bool, seed: int | None,
-             auto_batch: bool) -> Callable[[Config], SafeRunner]:  # fmt: skip
+             auto_batch: bool, skip_bad_images: bool) -> Callable[[Config], SafeRunner]:  # fmt: skip
     """Check and change a config as :func:`train` is asked to, and say what makes its runner."""
     require(cfg, 'model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
     if seed is not None and not 0 <= seed < 2**32:
@@ -113,6 +112,8 @@ def _prepare(cfg: Config, weights: str | None, resume: str | bool, amp: bool, se
     if seed is not None:
         cfg.randomness = dict(cfg.get('randomness', {}), seed=seed)
 
+    if skip_bad_images:
+        cfg.skip_bad_images = True
     if auto_batch:
         use_auto_batch(cfg)
     elif warning := effective_batch(cfg).warning:
