@@ -100,6 +100,19 @@ def load_config(path: str | Path, work_dir: str | Path | None = None, data_root:
         if variable not in os.environ:
             raise UserError(f'--launcher {launcher} needs its processes started by {program}: {variable} is not set')
     cfg.launcher = launcher
+    override(cfg, data_root, cfg_options)
+    default = cfg.get('work_dir') or Path('work_dirs', path.absolute().parent.name, path.stem)
+    cfg.work_dir = str(work_dir or default)
+    _check_writable(Path(cfg.work_dir))
+    return cfg
+
+
+def override(cfg: Config, data_root: str | Path | None = None, cfg_options: dict | None = None) -> None:
+    """Set the data root and other parts of a config, as :func:`load_config` does.
+
+    Raises:
+        UserError: the options do not fit the config.
+    """
     if data_root is not None:
         set_data_root(cfg, data_root)
     if cfg_options:
@@ -107,11 +120,6 @@ def load_config(path: str | Path, work_dir: str | Path | None = None, data_root:
             cfg.merge_from_dict(cfg_options)
         except (KeyError, TypeError, IndexError, ValueError, AssertionError) as error:
             raise UserError(f'--cfg-options do not fit the config: {error}') from error
-
-    default = cfg.get('work_dir') or Path('work_dirs', path.absolute().parent.name, path.stem)
-    cfg.work_dir = str(work_dir or default)
-    _check_writable(Path(cfg.work_dir))
-    return cfg
 
 
 def fit_to_device(cfg: Config) -> None:

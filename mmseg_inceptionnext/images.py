@@ -44,14 +44,19 @@ def read_image(source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     try:
         with Image.open(source) as image:
             return _not_empty(_pixels(image))
-    except FileNotFoundError as error:
-        raise UnreadableFile(f'{source}: no such file') from error
     except UnreadableFile as error:
         raise UnreadableFile(f'{source}: {error}') from error
-    except Image.UnidentifiedImageError as error:
-        raise UnreadableFile(f'{source}: not an image, or of a format that Pillow does not read') from error
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # Pillow's, on damage
-        raise UnreadableFile(f'{source}: {getattr(error, "strerror", None) or error}') from error
+        raise UnreadableFile(f'{source}: {why_unreadable(error)}') from error
+
+
+def why_unreadable(error: Exception) -> str:
+    """In words, what Python or Pillow met in a file that is no image, or a damaged one."""
+    if isinstance(error, FileNotFoundError):
+        return 'no such file'
+    if isinstance(error, Image.UnidentifiedImageError):
+        return 'not an image, or of a format that Pillow does not read'
+    return getattr(error, 'strerror', None) or str(error) or type(error).__name__
 
 
 def _not_empty(pixels: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
 from mmseg_inceptionnext.errors import UnreadableFile, UserError
-from mmseg_inceptionnext.images import read_image
+from mmseg_inceptionnext.images import read_image, why_unreadable
 
 # What Pillow and OpenCV raise on damaged files, and on images that are too thin to be resized.
 _DAMAGE = (OSError, SyntaxError, EOFError, Image.DecompressionBombError, cv2.error)
@@ -100,7 +100,7 @@ class GuardedPipeline(Compose):
         except UserError:
             raise
         except _DAMAGE as error:
-            reason = getattr(error, 'strerror', None) or str(error).strip().splitlines()[-1]
+            reason = why_unreadable(error).strip().splitlines()[-1]
             return self._skip(UnreadableFile(f'{_culprit(files)} cannot be used: {reason}'))
         except Exception as error:
             raise RuntimeError(f'the pipeline failed on {" and ".join(files)}') from error

@@ -1,0 +1,335 @@
+"""Read every image and annotation of a data set, and say what would stop or spoil a training run."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from mmcv import rescale_size
+from mmengine.config import Config
+from mmseg.datasets import BaseSegDataset
+from mmseg.registry import TRANSFORMS
+from PIL import Image
+
+from mmseg_inceptionnext.config import require
+from mmseg_inceptionnext.data.check import head_faults, label_fault, list_annotations, list_samples, open_dataset
+from mmseg_inceptionnext.data.pipeline import lacks_truth, leave_truth_out, leaves
+from mmseg_inceptionnext.data.reading import Pair, reader
+from mmseg_inceptionnext.errors import UserError
+
+# ADE20K's scene parsing benchmark: files beside its folders that give it away, and its numbers of images.
+_ADE20K_FILES = ('objectInfo150.txt', 'sceneCategories.txt')
+_ADE20K_IMAGES = {'training': 20210, 'validation': 2000}
+
+
+@dataclass
+class Split:
+    """What is in one of the splits, in the names of the JSON file.
+
+    Attributes:
+        images, annotations: Number of images, and of those that have an annotation.
+        checked: Number of images that were read.
+        sizes: (width, height) of the smallest, the median and the largest image, by area.
+        pixels, ignored_pixels: In the annotations that could be read; of these, without a class.
+        classes: Pixels and number of files of each class, ``{name: {'pixels', 'files'}}``.
+        without_labels: Images whose pixels are all ignored.
+        wrong: What cannot be trained with, ``{'file', 'reason'}``.
+        orphans: Annotations without an image.
+        duplicates: Number of images that are the same file as an earlier one of the split.
+    """
+
+    images: int = 0
+    annotations: int = 0
+    checked: int = 0
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    pixels: int = 0
+    ignored_pixels: int = 0
+    classes: dict[str, dict[str, int]] = field(default_factory=dict)
+    without_labels: list[str] = field(default_factory=list)
+    wrong: list[dict[str, str]] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+    duplicates: int = 0
+
+
+@dataclass
+class Inspection:
+    """What is known of a data set after it has been read.
+
+    Attributes:
+        ok: There is no wrong file and no problem.
+        splits: By name: 'train', 'val', and 'test' where it has other files than 'val'.
+        duplicates: (training image, image of another split) that are the same file.
+        problems: What is wrong with the whole, a line each.
+        warnings: What may be meant otherwise, a line each.
+    """
+
+    ok: bool = True
+    splits: dict[str, Split] = field(default_factory=dict)
+    duplicates: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Coding:
+    """How annotations are coded by a config, and what the files hold: (256,) pixels, and files, of each value."""
+
+    reduce_zero_label: bool
+    num_classes: int
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
+    files: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
+    total_files: int = 0
+
+    def add(self, counts: np.ndarray) -> None:
+        self.pixels += counts
+        self.files += counts > 0
+        self.total_files += 1
+
+
+class _Source:
+    """One of a config's data sets: how what is in its files is to be judged."""
+
+    def __init__(self, dataset: BaseSegDataset, pipeline: Sequence[dict], sample: dict):
+        self.names = [name.strip() for name in dataset.metainfo['classes']]
+        self.coding = (dataset.reduce_zero_label, len(dataset.label_map or self.names))
+        self.scale = _smallest_scale(pipeline)
+        loader = next((t for t in pipeline if t['type'] == 'LoadAnnotations'), dict(type='LoadAnnotations'))
+        self.labels = _labels_of_values(loader, sample)
+        self.by_opencv = loader.get('imdecode_backend') == 'cv2'
+
+    def faults(self, image: str, annotation: str | None, pair: Pair) -> Iterator[tuple[str, str]]:
+        """Reasons, as (file, reason), why a pair that can be read cannot be trained with."""
+        if pair.size and self.scale and min(resized := rescale_size(pair.size, self.scale)) < 1:
+            sizes = f'{pair.size[0]}×{pair.size[1]}, which the pipeline resizes to {resized[0]}×{resized[1]}'
+            yield image, f'is {sizes}: crop it, or leave it out'
+        if pair.counts is None:
+            return
+        if pair.palette and self.by_opencv:
+            yield annotation, "has a palette, which LoadAnnotations' imdecode_backend='cv2' reads as colours: drop that"
+        for value in np.flatnonzero(pair.counts):
+            if len(self.names) <= self.labels[value] < 255:
+                hint = ' (it is an index into a palette: if that is of colours, convert it)' if pair.palette else ''
+                yield annotation, label_fault(value, self.coding[1], int(self.coding[0])) + hint
+                return
+
+
+def inspect_data(
+    cfg: Config,
+    workers: int = 1,
+    sample: int | None = None,
+    progress: Callable[[Iterable, int], Iterable] = lambda pairs, total: pairs,
+) -> Inspection:
+    """Read the images and annotations of a config's training, validation and test data.
+
+    Args:
+        cfg: A whole config.
+        workers: Processes that read; 1 is this one.
+        sample: Read this many pairs of each split, evenly spread over its names. All names are compared even so.
+        progress: Wraps the pairs, whose number it is told, as they are read.
+
+    Raises:
+        UserError: a data root, a folder or every image of a split is missing, or a process was killed.
+    """
+    require(cfg, 'model', 'train_dataloader')
+    found = Inspection()
+    codings: dict[tuple[bool, int], Coding] = {}
+    jobs: list[tuple[str, _Source, str, str | None]] = []
+    for name, datasets in _datasets(cfg).items():
+        split = found.splits[name] = Split()
+        pairs = _list_pairs(split, datasets, cfg.model, found.problems)
+        if sample is not None and sample < len(pairs):
+            pairs = [pairs[i] for i in np.linspace(0, len(pairs) - 1, sample).round().astype(int)]
+        jobs += [(name, *pair) for pair in pairs]
+
+    first: dict[str, dict[bytes, str]] = {name: {} for name in found.splits}
+    sizes: dict[str, list[tuple[int, int]]] = {name: [] for name in found.splits}
+    with reader(workers) as read:
+        results = zip(jobs, read([(image, annotation) for *_, image, annotation in jobs]), strict=True)
+        for (name, source, image, annotation), pair in progress(results, len(jobs)):
+            split = found.splits[name]
+            split.checked += 1
+            faults = [*pair.wrong, *source.faults(image, annotation, pair)]
+            split.wrong += [dict(file=file, reason=reason) for file, reason in faults]
+            if pair.size:
+                sizes[name].append(pair.size)
+            if pair.digest and first[name].setdefault(pair.digest, image) is not image:
+                split.duplicates += 1
+            if pair.counts is not None:
+                codings.setdefault(source.coding, Coding(*source.coding)).add(pair.counts)
+                _count(split, source, image, pair.counts)
+
+    for name, split in found.splits.items():
+        if areas := sorted(sizes[name], key=lambda size: size[0] * size[1]):
+            split.sizes = dict(min=areas[0], median=areas[len(areas) // 2], max=areas[-1])
+        if name != 'train':
+            same = first['train'].keys() & first[name]
+            found.duplicates += sorted((first['train'][digest], first[name][digest]) for digest in same)
+    found.problems = list(dict.fromkeys(found.problems))  # the splits have the same heads
+    found.warnings = [*_split_warnings(found), *(line for c in codings.values() for line in coding_warnings(c))]
+    found.ok = not found.problems and not any(split.wrong for split in found.splits.values())
+    return found
+
+
+def coding_warnings(coding: Coding) -> Iterator[str]:
+    """Signs that a config reads annotations in another coding than they have; nothing is certain."""
+    pixels, n = coding.pixels, coding.num_classes
+    of_pixels, of_files = pixels / pixels.sum(), coding.files / coding.total_files
+    if pixels[255] and not pixels[1:255].any():
+        first = int(coding.reduce_zero_label)
+        yield (
+            f'the annotations hold no label but 0 and 255, which is on {of_pixels[255]:.0%} of the pixels and always '
+            f'ignored: if these are masks of two classes, write {first} and {first + 1} instead'
+        )
+    elif coding.reduce_zero_label and of_pixels[0] > 0.5:
+        yield (
+            f'0 is on {of_pixels[0]:.0%} of the pixels in {of_files[0]:.0%} of the files: with reduce_zero_label=True '
+            'it is ignored. Set that to False if 0 is a class'
+        )
+    elif coding.reduce_zero_label and pixels[:n].all() and not pixels[n]:
+        yield (
+            f'the labels are 0 … {n - 1}, and {n} is nowhere: with reduce_zero_label=True the {n} classes are 1 … {n}, '
+            'and 0 is ignored. Set that to False if 0 is a class'
+        )
+    elif not coding.reduce_zero_label and n < 255 and pixels[n] and not pixels[n + 1 : 255].any():
+        yield (
+            f'the labels go up to {n}, as with {n} classes 1 … {n} and 0 for unlabelled: if that is so, set '
+            'reduce_zero_label=True'
+        )
+
+
+def summary(found: Inspection) -> str:
+    """What a data set consists of, in a few lines, with the warnings last."""
+    lines = []
+    for name, split in found.splits.items():
+        part = f', a sample of {_number(split.checked)} checked' if split.checked < split.images else ''
+        sizes = ' … '.join(f'{width}×{height}' for width, height in split.sizes.values())
+        lines.append(f'{name}: {_number(split.images)} images{part}, {sizes} (smallest, median, largest)')
+        if split.duplicates:
+            lines.append(f'  {_number(split.duplicates)} images are the same file as another')
+        if not split.pixels:
+            continue
+        shares = {cls: count['pixels'] / split.pixels for cls, count in split.classes.items() if count['pixels']}
+        ranked = [f'{cls} {shares[cls]:.2%}' for cls in sorted(shares, key=shares.get, reverse=True)]
+        lines.append(
+            f'  {len(shares)} of {len(split.classes)} classes on {_number(split.pixels)} pixels, '
+            f'{split.ignored_pixels / split.pixels:.2%} ignored'
+        )
+        lines.append(f'  most: {", ".join(ranked[:3])}; least: {", ".join(ranked[-3:])}')
+        if absent := [cls for cls in split.classes if cls not in shares]:
+            more = f' and {len(absent) - 5} more' if len(absent) > 5 else ''
+            lines.append(f'  never: {", ".join(absent[:5])}{more}')
+    return '\n'.join([*lines, *(f'warning: {line}' for line in found.warnings)])
+
+
+def _datasets(cfg: Config) -> dict[str, list[tuple[BaseSegDataset, list[dict]]]]:
+    """Data sets and pipelines of each split; of the test split only where it has other files than validation."""
+    found = {}
+    for name in ('train', 'val', 'test'):
+        if not cfg.get(f'{name}_dataloader'):
+            continue
+        tree = copy.deepcopy(cfg[f'{name}_dataloader'].dataset)
+        if name == 'test' and lacks_truth(tree):
+            leave_truth_out(tree)
+        found[name] = [(open_dataset(leaf), leaf.get('pipeline', [])) for leaf in leaves(tree)]
+    files = {name: [(d.data_prefix, d.ann_file) for d, _ in datasets] for name, datasets in found.items()}
+    if files.get('test') == files.get('val'):
+        found.pop('test', None)
+    return found
+
+
+def _list_pairs(
+    split: Split, datasets: list[tuple[BaseSegDataset, list[dict]]], model_cfg: dict, problems: list[str]
+) -> list[tuple[_Source, str, str | None]]:
+    """List (source, image, annotation) of a split, and note what is wrong with the listing."""
+    pairs, expected, present = [], set(), set()
+    for dataset, pipeline in datasets:
+        samples, annotations = list_samples(dataset), list_annotations(dataset)
+        source = _Source(dataset, pipeline, samples[0])
+        split.classes |= {name: dict(pixels=0, files=0) for name in source.names}
+        problems += head_faults(model_cfg, len(source.names))
+        if not dataset.ann_file:  # with a list of names, files that it leaves out are no mistake
+            problems += _count_faults(Path(dataset.data_prefix['img_path']), len(samples))
+            present |= {path for path in annotations if path.endswith(dataset.seg_map_suffix)}
+        for image, annotation in ((sample['img_path'], sample.get('seg_map_path')) for sample in samples):
+            expected.add(annotation)
+            if annotation is not None and annotation not in annotations:
+                split.wrong.append(dict(file=image, reason=f'has no annotation: expected {annotation}'))
+                annotation = None
+            pairs.append((source, image, annotation))
+    split.images = len(pairs)
+    split.annotations = sum(annotation is not None for *_, annotation in pairs)
+    split.orphans = sorted(present - expected)
+    return pairs
+
+
+def _count_faults(folder: Path, images: int) -> Iterator[str]:
+    """ADE20K itself, by its name or the files that come with it, whose numbers of images are known."""
+    root, expected = folder.absolute().parents[1], _ADE20K_IMAGES.get(folder.name)
+    is_ade20k = root.name == 'ADEChallengeData2016' or any((root / name).is_file() for name in _ADE20K_FILES)
+    if not is_ade20k or not expected or images == expected:
+        return
+    if images < expected:
+        yield (
+            f'{root}: this looks like a partial download: {_number(images)} of {_number(expected)} {folder.name} images'
+        )
+    else:
+        yield f'{root}: has {_number(images)} {folder.name} images, where ADE20K has {_number(expected)}'
+
+
+def _labels_of_values(loader: dict, sample: dict) -> np.ndarray:
+    """(256,) uint8: the label that LoadAnnotations makes of each value that a file can hold."""
+    with tempfile.NamedTemporaryFile(suffix='.png') as file:
+        Image.fromarray(np.arange(256, dtype=np.uint8)[None]).save(file, 'PNG')
+        file.flush()
+        try:
+            return TRANSFORMS.build(loader)(dict(sample, seg_map_path=file.name, seg_fields=[]))['gt_seg_map']
+        except AssertionError as error:
+            raise UserError(f'LoadAnnotations does not fit its data set: {error}') from error
+
+
+def _smallest_scale(pipeline: Sequence[dict]) -> tuple[int, int] | None:
+    """The smallest scale that a pipeline's first Resize or RandomResize fits an image into, if it keeps proportions."""
+    for t in pipeline:
+        if t['type'] in ('Resize', 'RandomResize'):
+            if not t.get('keep_ratio') or np.shape(t.get('scale')) != (2,):
+                return None
+            return tuple(int(side * min(t.get('ratio_range') or [1])) for side in t['scale'])
+    return None
+
+
+def _count(split: Split, source: _Source, image: str, counts: np.ndarray) -> None:
+    """Add what an annotation holds, (256,) pixels of each value in its file."""
+    labels = np.bincount(source.labels, weights=counts, minlength=256).astype(np.int64)
+    split.pixels += int(counts.sum())
+    split.ignored_pixels += int(labels[255])
+    present = np.flatnonzero(labels[: len(source.names)])
+    for label in present:
+        split.classes[source.names[label]]['pixels'] += int(labels[label])
+        split.classes[source.names[label]]['files'] += 1
+    if not present.size:
+        split.without_labels.append(image)
+
+
+def _split_warnings(found: Inspection) -> Iterator[str]:
+    for name, split in found.splits.items():
+        if orphans := split.orphans:
+            yield (
+                f'{name}: {_number(len(orphans))} annotations have no image and are left out, the first {orphans[0]}: '
+                'are images missing, or do their names end in something else?'
+            )
+        if without := split.without_labels:
+            yield f'{name}: {_number(len(without))} images have no labelled pixel, the first {without[0]}'
+    if found.duplicates:
+        pairs = '; '.join(f'{image} = {other}' for image, other in found.duplicates[:3])
+        yield (
+            f'{_number(len(found.duplicates))} images are in the training data and held out as well: {pairs}'
+            f'{"; …" if len(found.duplicates) > 3 else ""}'
+        )
+
+
+def _number(count: int) -> str:
+    return f'{count:,}'.replace(',', ' ')
