@@ -55,6 +55,7 @@ def test_resume_of_a_named_checkpoint_and_after_a_move(tiny_cfg, tmp_path):
     moved = train(variant(tiny_cfg, tmp_path / 'moved'), resume=True)
     assert runner.iter == moved.iter == 6
     assert_equal_states(runner.model.state_dict(), moved.model.state_dict())
+    assert len(list((tmp_path / 'moved').glob('best_*.pth'))) == 1  # the one before was replaced, or is still the best
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(tiny_cfg):

@@ -27,7 +27,16 @@ class SafeCheckpointHook(CheckpointHook):
     """
 
     def before_train(self, runner) -> None:
+        # From a checkpoint, which can say anything: only checkpoints of this run's folder are removed for newer ones.
+        # It may have been elsewhere, too.
+        info = runner.message_hub.runtime_info
+        if 'keep_ckpt_ids' in info:
+            info['keep_ckpt_ids'] = [step for step in info['keep_ckpt_ids'] if isinstance(step, int)]
         super().before_train(runner)
+        for key in [key for key in info if key.startswith('best_ckpt')]:
+            info[key] = self.file_backend.join_path(self.out_dir, Path(info[key]).name)
+        self._take_best(runner)
+
         self._unsaved: OSError | None = None
         if runner.resumed_from:
             self.last_ckpt = runner.resumed_from
@@ -49,8 +58,8 @@ class SafeCheckpointHook(CheckpointHook):
 
         By epochs there is none: mmengine goes on from whole epochs only.
         """
-        name = self.filename_tmpl.format(iteration)
-        if not self.by_epoch and (self._unsaved or Path(self.last_ckpt or '').name != name):
+        here = Path(self.out_dir, self.filename_tmpl.format(iteration)).absolute()
+        if not self.by_epoch and (self._unsaved or Path(self.last_ckpt or '').absolute() != here):
             self._save_checkpoint_with_step(runner, iteration, dict(epoch=runner.epoch, iter=iteration))
 
     def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
@@ -88,26 +97,25 @@ class SafeCheckpointHook(CheckpointHook):
         if not self.save_best:
             return
         hub, before = runner.message_hub, dict(runner.message_hub.runtime_info)
-        several = len(self.key_indicators) > 1
-        if several:
-            self.best_ckpt_path_dict = dict.fromkeys(self.key_indicators)
-        else:
-            self.best_ckpt_path = None
+        self.best_ckpt_path, self.best_ckpt_path_dict = None, dict.fromkeys(self.key_indicators)
         try:
             super()._save_best_checkpoint(runner, metrics)
         except OSError as error:
             _restore(hub, before)
             runner.logger.error(f'the best checkpoint so far cannot be written ({error.strerror}): it is lost')
-
-        names = {key: f'best_ckpt_{key}' if several else 'best_ckpt' for key in self.key_indicators}
-        best = {key: hub.runtime_info.get(name) for key, name in names.items()}
-        if several:
-            self.best_ckpt_path_dict = best
-        else:
-            (self.best_ckpt_path,) = best.values()
-        for path in filter(None, map(before.get, names.values())):
-            if path not in best.values():
+        self._take_best(runner)
+        for key, path in before.items():
+            if key.startswith('best_ckpt') and path not in self.best_ckpt_path_dict.values():
                 self._remove(path)
+
+    def _take_best(self, runner) -> None:
+        """What mmengine keeps of the best checkpoints, with one figure or with several, is what its hub says."""
+        if self.save_best:
+            several = len(self.key_indicators) > 1
+            names = {key: f'best_ckpt_{key}' if several else 'best_ckpt' for key in self.key_indicators}
+            info = runner.message_hub.runtime_info
+            self.best_ckpt_path_dict = {key: info.get(name) for key, name in names.items()}
+            self.best_ckpt_path = None if several else info.get('best_ckpt')
 
     def _remove(self, path: str) -> None:
         if is_main_process() and self.file_backend.isfile(path):

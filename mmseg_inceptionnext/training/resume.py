@@ -92,8 +92,13 @@ def _read_resumable(path: Path, cfg: Config) -> dict:
     lacking = [key for key, kind in _PARTS.items() if not isinstance(content.get(key), kind)]
     if lacking:
         raise UserError(f'{path} cannot be resumed, it lacks {", ".join(lacking)}: start anew with --weights')
-    if not all(isinstance(content['meta'].get(key), int) for key in ('iter', 'epoch')):
-        raise UserError(f'{path} cannot be resumed, it does not say at which iteration it was saved')
+    iteration, epoch, seed = (content['meta'].get(key) for key in ('iter', 'epoch', 'seed'))
+    if not all(isinstance(number, int) and number >= 0 for number in (iteration, epoch, seed or 0)):
+        raise UserError(f'{path} cannot be resumed, it does not say at which iteration of which seed it was saved')
+    if iteration > (last := cfg.train_cfg.get('max_iters', iteration)):
+        raise UserError(
+            f'{path} is of iteration {iteration}, past train_cfg.max_iters={last}: raise that, or start anew'
+        )
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     model = MODELS.build(cfg.model)
     check_fits(model, content, path, ARCHS)

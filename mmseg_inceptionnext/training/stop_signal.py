@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 
 import torch
@@ -43,7 +42,7 @@ class StopSignal:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             hint = '; Ctrl-C again stops at once'
         line = f'{signal.Signals(number).name}: saving a checkpoint after this iteration{hint}\n'
-        os.write(sys.stderr.fileno(), line.encode())  # print may be what was interrupted
+        os.write(2, line.encode())  # to stderr; print may be what was interrupted
 
 
 class StopOnSignalHook(Hook):

@@ -159,6 +159,6 @@ def _resumed_runner(cfg: Config, point: ResumePoint) -> SafeRunner:
     runner = SafeRunner.from_cfg(cfg)
     for warning in point.warnings:
         runner.logger.warning(warning)
-    if point.iteration >= cfg.train_cfg.get('max_iters', float('inf')):
-        runner.logger.info(f'{point.path} is at or past train_cfg.max_iters: nothing is left to train')
+    if point.iteration == cfg.train_cfg.get('max_iters'):
+        runner.logger.info(f'{point.path} is of the last iteration: nothing is left to train')
     return runner
