@@ -50,10 +50,11 @@ def main() -> None:
             return
         runner = train(cfg, **options)
     if is_main_process():
-        report(summary(runner))
+        go_on = command_to_resume(sys.argv) if args.launcher == 'none' else 'the same command with --resume'
+        report(summary(runner), go_on)
 
 
-def report(end: dict) -> None:
+def report(end: dict, go_on: str) -> None:
     for iteration, reason in end['failed_validations'].items():
         print(f'warning: no validation at iteration {iteration}: {reason.strip().splitlines()[-1]}', file=sys.stderr)
     for image, times in end['skipped'].items():
@@ -61,7 +62,7 @@ def report(end: dict) -> None:
     if end['skipped']:
         print(f'{len(end["skipped"])} training images cannot be read; others replaced them.')
     if end['stopped_by']:
-        print(f'Stopped by {end["stopped_by"]} after iteration {end["done"]}. Go on: {command_to_resume(sys.argv)}')
+        print(f'Stopped by {end["stopped_by"]} after iteration {end["done"]}. Go on: {go_on}')
         return
     figure = f'mIoU {end["best"]:.2f} at iteration' if end['best'] is not None else 'Last iteration'
     test = [Path(__file__).with_name('test.py'), end['config'], end['checkpoint']]
