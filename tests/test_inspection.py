@@ -336,6 +336,12 @@ def test_inside_wrappers_and_the_test_split(root, cfg):
     assert found.splits['test'].annotations == 0 and 'test: 4 images' in summary(found)
 
 
+def test_training_without_any_annotation(root, cfg):
+    del cfg.train_dataloader.dataset.data_prefix['seg_map_path']
+    found = inspect_data(cfg)
+    assert found.problems == ['train: no image has an annotation: correct data_prefix.seg_map_path'] and not found.ok
+
+
 def test_chosen_classes_are_counted_as_mmseg_maps_them(root, cfg):
     """`metainfo` may name some of ADE20K's classes: the others are ignored."""
     for split in ('train', 'val', 'test'):

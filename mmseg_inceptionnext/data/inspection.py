@@ -141,6 +141,8 @@ def inspect_data(
     for name, datasets in _datasets(cfg).items():
         split = found.splits[name] = Split()
         pairs = _list_pairs(split, datasets, cfg.model, found.problems)
+        if not split.annotations and name != 'test':
+            found.problems.append(f'{name}: no image has an annotation: correct data_prefix.seg_map_path')
         if sample is not None and sample < len(pairs):
             pairs = [pairs[i] for i in np.linspace(0, len(pairs) - 1, sample).round().astype(int)]
         jobs += [(name, *pair) for pair in pairs]
