@@ -6,14 +6,15 @@ checkpoints, and nothing else; a file that wants more is refused by the name of 
 
 from __future__ import annotations
 
-import mmap
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
+from io import BufferedIOBase, BytesIO
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -26,6 +27,7 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.pickle_check import check_archive_pickle, check_legacy_pickles
 
 NO_NETWORK = (
     'download it elsewhere and pass the file (init_cfg checkpoint, or --weights FILE), or train from scratch '
@@ -56,16 +58,14 @@ def read_checkpoint(path: str | Path) -> dict:
         UserError: no such file, truncated, damaged, of another format, larger inside than outside, or with a pickled
             global that is not allowed (named; :func:`trusting_checkpoints` overrules that).
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f'no checkpoint at {path.absolute()}: check the path')
+    path = _existing_file(path)
     try:
         if path.suffix == '.safetensors':
             checkpoint = safetensors.torch.load_file(path)
         elif _trusted:
             checkpoint = torch.load(path, map_location='cpu', weights_only=False)
         else:
-            _check_container(path)
+            _check(path)
             with torch.serialization.safe_globals(_mmengine_globals()), warnings.catch_warnings():
                 warnings.simplefilter('ignore')  # of what an error says, too
                 checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -86,6 +86,18 @@ def read_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
+def _existing_file(path: str | Path) -> Path:
+    try:
+        path = Path(path).expanduser()
+        if path.is_file():
+            return path
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, a name that is too long, a null byte
+        raise UserError(f'{str(path)[:200]} names no checkpoint: {summary(error)}') from error
+    if path.exists():
+        raise UserError(f'{path.absolute()} is a directory, a pipe or a device: name a checkpoint')
+    raise UserError(f'no checkpoint at {path.absolute()}: check the path')
+
+
 def _refused(path: Path, why: str) -> UserError:
     return UserError(
         f'{path} is refused: {why}, which a file of weights has no need of. Get the weights as .safetensors or as a '
@@ -93,32 +105,59 @@ def _refused(path: Path, why: str) -> UserError:
     )
 
 
-def _check_container(path: Path) -> None:
-    """What torch does not look at: how much memory a file would take, and whether its checksums hold.
+def _check(path: Path) -> None:
+    """What torch does not look at: the arguments of what is called, how much memory that takes, and checksums.
 
-    torch stores tensors as they are, so that no file takes more than its size; the one object that it lets a pickle
-    make at any size is a bytearray. It writes a checksum of every tensor, and does not compare it: one bit that has
-    flipped on a disk is another weight.
+    torch writes a checksum of every tensor and does not compare it: one bit that has flipped is another weight.
 
     Raises:
-        UserError: there is no need for what the file does.
-        zipfile.BadZipFile: it is damaged.
+        UserError: it is not as torch writes it.
+        Exception: of any other kind where it is damaged.
     """
-    if not (size := path.stat().st_size):
-        return
-    with path.open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if any(content.find(module + b'\nbytearray\n') >= 0 for module in (b'builtins', b'__builtin__')):
-            raise _refused(path, 'it wants to run builtins.bytearray')
-        if content[:4] != b'PK\x03\x04':  # torch's format until 1.6, which has no checksums
+    size = path.stat().st_size
+    with path.open('rb') as file:
+        is_zip = file.read(4) == b'PK\x03\x04'  # as torch tells its two formats apart
+        file.seek(0)
+        if not is_zip:
+            check_legacy_pickles(file, size)
             return
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise _refused(path, 'it has compressed entries')
-        if sum(entry.file_size for entry in entries) > size:
-            raise _refused(path, 'its entries are larger than the file')
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f'the checksum of {damaged} does not hold')
+        _check_directory(file, size)
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            folder = entries[0].filename.split('/')[0]
+            sizes = {entry.filename.removeprefix(f'{folder}/'): entry.file_size for entry in entries}
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise _refused(path, 'it has compressed entries')
+            if sum(sizes.values()) > size or len({name.casefold() for name in sizes}) < len(entries):
+                raise _refused(path, 'its entries are larger than the file')
+            if 'constants.pkl' in sizes:
+                raise _refused(path, 'it is a program (TorchScript)')
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f'the checksum of {damaged} does not hold')
+            storages = {name.removeprefix('data/'): size for name, size in sizes.items() if name.startswith('data/')}
+            check_archive_pickle(BytesIO(archive.read(f'{folder}/data.pkl')), size, storages)
+
+
+def _check_directory(file: BufferedIOBase, size: int) -> None:
+    """Python and torch find an archive's directory in different ways, which have to lead to the same one.
+
+    Raises:
+        zipfile.BadZipFile: they might not.
+    """
+    file.seek(max(size - 98, 0))
+    tail = file.read()
+    end, large, locator = tail[-22:], tail[:56], tail[56:76]
+    where = size - 22
+    _, _, _, _, _, length, start, comment = struct.unpack('<4s4H2LH', end)
+    if locator[:4] == b'PK\x06\x07' and large[:4] == b'PK\x06\x06':  # of an archive beyond 4 GB, or as torch writes any
+        where = size - 98
+        if struct.unpack('<L', locator[4:8])[0] or struct.unpack('<Q', locator[8:16])[0] != where:
+            raise zipfile.BadZipFile('its end points elsewhere')
+        length, start = struct.unpack('<2Q', large[40:56])
+    elif locator[:4] == b'PK\x06\x07' or b'PK\x06\x07' in tail:
+        raise zipfile.BadZipFile('its end points elsewhere')
+    if end[:4] != b'PK\x05\x06' or comment or start + length != where:
+        raise zipfile.BadZipFile('its directory is not at its end')
 
 
 def summary(error: BaseException) -> str:
@@ -162,11 +201,16 @@ def first_process_first(fetch: Callable[[str], Path], source: str) -> Path:
 def _read_file(filename: str, map_location=None) -> dict:
     """For mmengine, which looks for tensors on the CPU wherever they are needed.
 
-    ``meta.config`` is left out: resuming, mmengine's Runner would execute it as a config, which is Python.
+    The configs in it are left out, unless it is trusted: resuming, mmengine's Runner executes ``meta.config``, and its
+    inferencer the others.
     """
     checkpoint = read_checkpoint(filename)
-    if isinstance(meta := checkpoint.get('meta'), dict):
-        meta.pop('config', None)
+    if not _trusted:
+        meta, hub = checkpoint.get('meta'), checkpoint.get('message_hub')
+        info = hub.get('runtime_info') if isinstance(hub, dict) else None
+        for holder, keys in ((meta, ('config', 'cfg')), (info, ('cfg',))):
+            for key in keys if isinstance(holder, dict) else ():
+                holder.pop(key, None)
     return checkpoint
 
 

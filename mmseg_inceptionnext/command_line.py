@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -82,6 +83,7 @@ def run(main: Callable[[], None]) -> None:
     """Call a tool's main function; a user's mistake ends in one line on stderr and exit code 2."""
     # The recipes average the loss as mmseg always did, over ignored pixels too, and mmseg advises against it each time.
     warnings.filterwarnings('ignore', message='Default ``avg_non_ignore`` is False')
+    logging.raiseExceptions = False  # a log that cannot be written is not worth a traceback for each of its lines
     try:
         main()
     except KeyboardInterrupt:
@@ -108,7 +110,7 @@ def each(configs: Sequence[str], measure: Callable) -> tuple[list, dict[str, str
         try:
             results.append(measure(config))
         except UserError as error:
-            failures[config] = str(error)
+            failures[config] = one_line(error)
         except Exception:
             failures[config] = traceback.format_exc()
     return results, failures

@@ -18,8 +18,12 @@ class UnreadableFile(BadSample):
 
 
 def one_line(error: UserError) -> str:
-    """The line; a data-loading worker hands its error over wrapped in a traceback, at whose end it stands."""
+    """What to print of an error.
+
+    A data-loading worker hands it over wrapped in a traceback, at whose end it stands. What names and files contribute
+    may hold line breaks and escape codes, which do not reach the terminal.
+    """
+    text = str(error)
     for kind in (UserError, BadSample, UnreadableFile):
-        *_, text = str(error).rpartition(f'{kind.__name__}: ')
-        error = text
-    return text.strip()
+        text = text.rpartition(f'{kind.__name__}: ')[2]
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text.strip())

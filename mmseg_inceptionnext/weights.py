@@ -6,6 +6,7 @@ There are two kinds: ImageNet weights of the backbone (:func:`load_pretrained`) 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,7 +95,7 @@ def check_fits(model: nn.Module, checkpoint: dict, path: str | Path, archs: Mapp
     expected = (model.module if is_model_wrapper(model) else model).state_dict()
     classifier = 'decode_head.conv_seg.weight'
     if classifier in state_dict and classifier in expected:
-        there, here = len(state_dict[classifier]), len(expected[classifier])
+        (there, *_), (here, *_) = (*state_dict[classifier].shape, 0), expected[classifier].shape
         if there != here:
             raise UserError(
                 f'{path} was trained for {there} classes, the config has {here}: '
@@ -130,8 +131,8 @@ def _locate(source: str) -> Path:
     """The local file of a timm name, a URL or a path."""
     if '://' in source:
         return first_process_first(download, source)
-    if Path(source).suffix in ('.pth', '.pt', '.safetensors', '.bin') or Path(source).exists():
-        return Path(source).expanduser()
+    if Path(source).suffix in ('.pth', '.pt', '.safetensors', '.bin') or os.path.exists(source):
+        return Path(source)
     return first_process_first(_download_timm, source)
 
 
@@ -172,6 +173,8 @@ def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
     shapes = [(key, tuple(found[key].shape), tuple(expected[key].shape)) for key in expected if key in found]
     if different := [f'{key} is {there}, here {here}' for key, there, here in shapes if there != here]:
         parts.append(f'{len(different)} shapes differ: {_some(different)}')
+    if odd := [key for key in expected if key in found and found[key].is_complex()]:
+        parts.append(f'{len(odd)} tensors are of complex numbers, such as {_some(odd)}')
     return '; '.join(parts)
 
 

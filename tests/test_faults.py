@@ -24,9 +24,10 @@ from PIL import Image
 from test_training import variant
 from torch.utils.data import get_worker_info
 
-from mmseg_inceptionnext import SafeCheckpointHook, UserError, files
+from mmseg_inceptionnext import SafeCheckpointHook, TolerantValLoop, UserError, files
 from mmseg_inceptionnext.checkpoints import read_checkpoint
 from mmseg_inceptionnext.config import set_data_root
+from mmseg_inceptionnext.training.resume import find_resume_point
 from mmseg_inceptionnext.training.train import summary, train
 
 ITERATIONS, INTERVAL = 12, 2
@@ -217,7 +218,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(tiny_cfg, h
     damage(work_dir / 'last_checkpoint', 'empty' if how == 'empty' else '')
     runner = train(deepcopy(tiny_cfg), resume=True)
     log = (Path(runner.log_dir) / f'{runner.timestamp}.log').read_text()
-    assert re.search(r'iter_6\.pth .*going on from .*iter_5\.pth instead: 1 iterations are lost', log, re.DOTALL)
+    assert re.search(r'iter_6\.pth .*going on from .*iter_5\.pth: 1 iterations are lost', log, re.DOTALL)
     assert 'Iter(train) [6/6]' in log and 'Iter(train) [5/6]' not in log
     assert [key for key in whole if not torch.equal(whole[key], runner.model.state_dict()[key])] == []
 
@@ -229,6 +230,57 @@ def test_damaged_checkpoints_alone_do_not_start_a_new_run(tiny_cfg):
         damage(path, 'truncated')
     with pytest.raises(UserError, match=r'iter_6\.pth is truncated.*; .*iter_3\.pth is truncated'):
         train(deepcopy(tiny_cfg), resume=True)
+
+
+@pytest.mark.parametrize('pointer', [b'\xff\0\xfe', b'/tmp', b'x' * 5000, b'/another/machine/iter_99.pth'], ids=len)
+def test_a_damaged_pointer_hides_no_checkpoint(tiny_cfg, trained, pointer):
+    work_dir = Path(tiny_cfg.work_dir)
+    shutil.copy(trained, work_dir / 'iter_3.pth')
+    (work_dir / 'last_checkpoint').write_bytes(pointer)
+    point = find_resume_point(tiny_cfg)
+    assert point.path == work_dir / 'iter_3.pth' and 'which is not there' in point.warnings[0]
+
+
+def test_an_empty_name_is_no_reason_to_start_anew(tiny_cfg):
+    with pytest.raises(UserError, match='--resume names no checkpoint'):
+        train(tiny_cfg, resume='')
+
+
+def test_configs_of_other_origin_get_the_same_protection(tiny_cfg):
+    tiny_cfg.default_hooks.checkpoint.type = 'mmengine.CheckpointHook'
+    tiny_cfg.val_cfg = dict(type='mmengine.ValLoop')
+    runner = train(variant(tiny_cfg, tiny_cfg.work_dir, **{'train_cfg.max_iters': 1}), seed=5)
+    assert any(isinstance(hook, SafeCheckpointHook) for hook in runner.hooks)
+    assert isinstance(runner.val_loop, TolerantValLoop)
+    del tiny_cfg.default_hooks.checkpoint
+    runner = train(variant(tiny_cfg, tiny_cfg.work_dir, **{'train_cfg.max_iters': 1}), seed=5)
+    assert any(isinstance(hook, SafeCheckpointHook) for hook in runner.hooks)
+    tiny_cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)
+    with pytest.raises(UserError, match='counts epochs'):
+        train(tiny_cfg)
+
+
+@pytest.mark.slow
+def test_a_bad_image_in_one_of_two_processes_costs_no_iteration(training, spoilt_root):
+    for number in (1, 2, 3):
+        spoil(spoilt_root, number)
+    python, *command = training.command
+    training.command = [python, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, *command]
+    at = training.command.index('--data-root') + 1
+    training.command[at] = spoilt_root
+    shutil.copy(
+        spoilt_root / 'images/training/ADE_train_00000004.jpg', spoilt_root / 'images/training/ADE_train_00000001.jpg'
+    )
+    shutil.copy(
+        spoilt_root / 'images/training/ADE_train_00000004.jpg', spoilt_root / 'images/training/ADE_train_00000002.jpg'
+    )
+    process = training.run('--launcher', 'pytorch')
+    assert process.returncode == 1  # torchrun's
+    named = re.search(
+        r'ADE_train_00000003\.jpg: .*truncated.*; (?:the last checkpoint is (\S+):|there is no)', process.stderr
+    )
+    assert named and (named[1] is None or Path(named[1]).is_file())
+    assert 'RuntimeError' not in process.stderr
 
 
 def test_a_named_checkpoint_that_is_damaged_is_not_replaced_but_the_one_before_is_named(tiny_cfg):

@@ -20,6 +20,7 @@ from conftest import TINY_CONFIG, assert_user_error
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from mmengine.runner import Runner
+from mmseg.apis import MMSegInferencer
 from mmseg.registry import MODELS
 
 from mmseg_inceptionnext import InceptionNeXt, Segmentor, UserError, trusting_checkpoints
@@ -116,6 +117,39 @@ def hostile(name: str, folder: Path, good: Path, marker: Path) -> Path:
     elif name == 'legacy_huge_tensor':
         torch.save({'a': torch.zeros(3, dtype=torch.uint8)}, path, _use_new_zipfile_serialization=False)
         path.write_bytes(path.read_bytes().replace(b'K\x03', b'J\xff\xff\xff\x7f'))
+    elif name == 'raw_pointers':  # an array of objects whose addresses are in the file, then copied
+        text = b'X\x10\0\0\0' + b'A' * 16
+        pointers = b'cnumpy\nndarray\n(K\x02\x85X\x01\0\0\0Oc_codecs\nencode\n' + text + b'X\x06\0\0\0latin1\x86RtR'
+        with_pickle(path, b'\x80\x02cmmengine.logging.history_buffer\nHistoryBuffer\n(' + pointers * 2 + b'tR.')
+    elif name == 'slow_hash':  # a key of 2**60 parts
+        with_pickle(path, b'\x80\x02}' + b')' + b'q\0h\0\x86' * 60 + b'Ns.')
+    elif name == 'colliding_keys':
+        keys = b''.join(b'\x8a\x0a' + (i * (2**61 - 1)).to_bytes(10, 'little') + b'N' for i in range(1, 10**5))
+        with_pickle(path, b'\x80\x02}(' + keys + b'u.')
+    elif name == 'copies_of_copies':
+        encode = b'c_codecs\nencode\nq\1X\x40\0\0\0' + b'A' * 64
+        with_pickle(
+            path,
+            b'\x80\x02' + encode + b'X\x06\0\0\0latin1\x86Rq\0' + b'0' * 0 + b'h\1h\0X\3\0\0\0hex\x86Rq\0' * 25 + b'.',
+        )
+    elif name == 'view_that_is_copied':
+        view = Call(
+            torch._utils._rebuild_device_tensor_from_cpu_tensor,
+            torch.zeros(1).expand(2**30),
+            torch.float64,
+            'cpu',
+            False,
+        )
+        torch.save({'a': view}, path)
+    elif name == 'two_directories':  # Python's reader of archives finds another than torch's
+        torch.save({'a': torch.zeros(3)}, path)
+        content = path.read_bytes()
+        end = content[-98:]
+        path.write_bytes(content + end[:56] + end[56:64] + struct.pack('<Q', len(content) - 98) + end[72:])
+    elif name == 'other_kinds':
+        torch.save({'state_dict': {'a': torch.zeros(3, device='meta'), 'b': torch.eye(3).to_sparse()}}, path)
+    elif name == 'torch_script':
+        torch.jit.script(torch.nn.Linear(1, 1)).save(path)
     elif name == 'deep_nesting':
         with_pickle(path, b'\x80\x02' + b']' * 10**6 + b'a' * (10**6 - 1) + b'.')
     elif name == 'no_tensors':
@@ -142,7 +176,8 @@ NAMES = [
     'os_system', 'eval', 'nested_in_state_dict', 'in_the_optimizer', 'legacy_format', 'bare_pickle', 'protocol_4',
     'import_by_numpy', 'bytearray', 'legacy_bytearray', 'zip_bomb', 'zip_that_overlaps', 'truncated', 'flipped_bit',
     'wrong_magic', 'web_page', 'empty', 'huge_tensor', 'huge_view', 'legacy_huge_tensor', 'deep_nesting', 'no_tensors',
-    'strange_keys', 'safetensors_length', 'safetensors_json', 'safetensors_overlap', 'safetensors_beyond',
+    'strange_keys', 'raw_pointers', 'slow_hash', 'colliding_keys', 'copies_of_copies', 'view_that_is_copied',
+    'two_directories', 'other_kinds', 'torch_script', 'safetensors_length', 'safetensors_json', 'safetensors_overlap', 'safetensors_beyond',
     'safetensors_not_one',
 ]  # fmt: skip
 
@@ -216,7 +251,7 @@ def test_every_entry_refuses_every_file(files, entries, entry, names):
 def test_every_file_is_refused_or_read_as_what_it_is(files):
     for name in NAMES:
         before, start = peak_memory(reset=True), time.monotonic()
-        if name in ('huge_view', 'no_tensors', 'strange_keys'):  # pickles without harm
+        if name == 'no_tensors':  # and no harm
             read_checkpoint(files[name])
         else:
             with pytest.raises(UserError, match=re.escape(str(files[name]))):
@@ -279,9 +314,51 @@ def test_a_config_inside_a_checkpoint_is_not_executed(tiny_cfg, trained, tmp_pat
     assert not (tmp_path / 'executed').exists()
 
 
+def test_configs_inside_a_checkpoint_reach_no_inferencer(trained, tmp_path):
+    """mmengine's would read ``meta.cfg`` or the message hub's as a config, which is Python."""
+    content = read_checkpoint(trained)
+    code = executes(tmp_path / 'executed')
+    content['meta']['cfg'] = content['message_hub']['runtime_info']['cfg'] = code
+    torch.save(content, tmp_path / 'iter_3.pth')
+    with pytest.raises(Exception, match='config|cfg'):
+        MMSegInferencer(model=None, weights=str(tmp_path / 'iter_3.pth'))
+    assert not (tmp_path / 'executed').exists()
+
+
+def damaged_part(content: dict, where: str) -> None:
+    if where == 'lr':
+        content['optimizer']['param_groups'][0]['lr'] = 'abc'
+    elif where == 'scheduler':
+        content['param_schedulers'][0]['step'] = 5
+    elif where == 'key':
+        content['state_dict']['a\nerror: forged \x1b[31m'] = torch.zeros(1)
+    elif where == 'scalar':
+        content['state_dict']['decode_head.conv_seg.weight'] = torch.zeros(())
+    elif where == 'optimizer':
+        for group in content['optimizer']['param_groups']:
+            del group['betas']
+
+
+@pytest.mark.parametrize('where', ['lr', 'scheduler', 'key', 'scalar', 'optimizer'])
+def test_odd_content_is_refused_in_one_line(trained, tool_here, mini_root, tmp_path, where):
+    content = read_checkpoint(trained)
+    damaged_part(content, where)
+    torch.save(content, tmp_path / 'iter_3.pth')
+    data = ('--data-root', mini_root, '--cfg-options', 'auto_scale_lr.base_batch_size=2')
+    process = tool_here('train', TINY_CONFIG, '--resume', tmp_path / 'iter_3.pth', *data)
+    assert_user_error(process, 'iter_3.pth')
+    assert process.stderr.count('\n') == 1 and '\x1b' not in process.stderr
+
+
+@pytest.mark.parametrize('name', ['~nobody-of-this-name/w.pth', 'x' * 300 + '.pth', 'a\nb.pth', '/dev/zero', '/tmp'])
+def test_names_that_cannot_be_files(name):
+    with pytest.raises(UserError, match='no checkpoint|names no checkpoint|is a directory, a pipe or a device'):
+        read_checkpoint(name)
+
+
 def test_a_trusted_file_may_run(files, trained, tool, mini_root, tmp_path):
     marker = files['nested_in_state_dict'].parent / 'executed'
-    with pytest.raises(UserError, match='it wants to run exec, .* pass --trust-checkpoint'):
+    with pytest.raises(UserError, match='it wants to run builtins.exec, .* pass --trust-checkpoint'):
         read_checkpoint(files['nested_in_state_dict'])
     assert not marker.exists()
     with trusting_checkpoints():

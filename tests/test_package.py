@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import pytest
 from conftest import ROOT
-from mmseg.registry import DATA_SAMPLERS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS, TRANSFORMS
+from mmseg.registry import DATA_SAMPLERS, HOOKS, LOOPS, METRICS, MODELS, OPTIM_WRAPPERS, RUNNERS, TRANSFORMS
 
 import mmseg_inceptionnext
 
@@ -13,8 +13,10 @@ import mmseg_inceptionnext
 def test_importing_registers_everything():
     for registry, names in (
         (MODELS, ['InceptionNeXt', 'LabelMapSegmentor', 'LateUpsampleUPerHead']),
-        (HOOKS, ['OverlayHook', 'SeedIterationHook', 'StopOnNonFiniteLossHook', 'ValidationSamplesHook']),
-        (TRANSFORMS, ['CheckAnnotation', 'SeedAugmentation']),
+        (HOOKS, ['OverlayHook', 'SafeCheckpointHook', 'SeedIterationHook', 'StopOnNonFiniteLossHook']),
+        (LOOPS, ['AccumulatingTrainLoop', 'TolerantValLoop']),
+        (RUNNERS, ['SafeRunner']),
+        (TRANSFORMS, ['CheckAnnotation', 'ReadImage', 'SeedAugmentation']),
         (METRICS, ['PerClassIoUMetric']),
         (DATA_SAMPLERS, ['ReproducibleInfiniteSampler']),
         (OPTIM_WRAPPERS, ['BFloat16OptimWrapper']),

@@ -15,7 +15,8 @@ from mmseg.registry import TRANSFORMS
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
-from mmseg_inceptionnext.errors import UnreadableFile, UserError
+from mmseg_inceptionnext.errors import UnreadableFile, UserError, one_line
+from mmseg_inceptionnext.files import FULL_DISK
 from mmseg_inceptionnext.images import read_image, why_unreadable
 
 # What Pillow and OpenCV raise on damaged files, and on images that are too thin to be resized.
@@ -113,8 +114,12 @@ class GuardedPipeline(Compose):
             raise error
         if self.in_a_row == _MOST_IN_A_ROW:
             raise UnreadableFile(f'{_MOST_IN_A_ROW} files in a row cannot be read, the last: {error}') from error
-        with self.skipped.open('a') as file:  # one write, so that lines of several workers stay whole
-            file.write(f'{error}\n')
+        try:
+            with self.skipped.open('a') as file:  # one write, so that lines of several workers stay whole
+                file.write(f'{one_line(error)}\n')
+        except OSError as full:
+            if full.errno not in FULL_DISK:
+                raise
 
 
 def guard(dataset: Dataset, current: CurrentFiles, skipped: Path | None) -> None:

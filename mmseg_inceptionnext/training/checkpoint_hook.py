@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from numbers import Real
 from pathlib import Path
 
 from mmengine.dist import is_main_process
@@ -27,14 +28,19 @@ class SafeCheckpointHook(CheckpointHook):
     """
 
     def before_train(self, runner) -> None:
-        # From a checkpoint, which can say anything: only checkpoints of this run's folder are removed for newer ones.
-        # It may have been elsewhere, too.
+        # From a checkpoint, which can say anything, or may have been moved: of what it calls older or best, only
+        # checkpoints in this run's folder are removed for newer ones.
         info = runner.message_hub.runtime_info
-        if 'keep_ckpt_ids' in info:
-            info['keep_ckpt_ids'] = [step for step in info['keep_ckpt_ids'] if isinstance(step, int)]
+        ids = info.pop('keep_ckpt_ids', [])
+        info['keep_ckpt_ids'] = [step for step in ids if isinstance(step, int)] if isinstance(ids, list) else []
         super().before_train(runner)
         for key in [key for key in info if key.startswith('best_ckpt')]:
-            info[key] = self.file_backend.join_path(self.out_dir, Path(info[key]).name)
+            name = Path(str(info[key])).name
+            if name.startswith('best_') and isinstance(info.get(key.replace('ckpt', 'score', 1)), Real):
+                info[key] = self.file_backend.join_path(self.out_dir, name)
+            else:
+                del info[key]
+                info.pop(key.replace('ckpt', 'score', 1), None)
         self._take_best(runner)
 
         self._unsaved: OSError | None = None

@@ -131,7 +131,7 @@ def dry_run(cfg: Config, make_runner: Callable[[Config], SafeRunner]) -> Plan:
             done=hook.start,
             training_images=len(runner.train_dataloader.dataset),
             validation_images=len(runner.val_dataloader.dataset) if has_validation else None,
-            lr=sorted({group['initial_lr'] for group in optimizer.param_groups}, reverse=True),
+            lr=sorted({group.get('initial_lr', group['lr']) for group in optimizer.param_groups}, reverse=True),
             schedulers=[
                 f'{s["type"]} {s.get("begin", 0)}–{s.get("end", "")}' for s in cfg.get('param_scheduler') or []
             ],

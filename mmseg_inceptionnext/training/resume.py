@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
+from mmengine.optim import OptimWrapper, _ParamScheduler, build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 
@@ -49,8 +50,8 @@ def find_resume_point(cfg: Config, checkpoint: str | Path | None = None) -> Resu
     Raises:
         UserError: the named one, or none of those that are there, can be used.
     """
-    candidates = [Path(checkpoint)] if checkpoint else _newest_first(Path(cfg.work_dir))
     warnings: list[str] = []
+    candidates = [Path(checkpoint)] if checkpoint else _newest_first(Path(cfg.work_dir), warnings)
     for path in candidates:
         try:
             meta = _read_resumable(path, cfg)['meta']
@@ -58,27 +59,35 @@ def find_resume_point(cfg: Config, checkpoint: str | Path | None = None) -> Resu
             warnings.append(str(error))
             continue
         if warnings:
-            newest = _iteration(candidates[0])
-            lost = f'{newest - meta["iter"]} iterations are lost' if newest else 'iterations are lost'
-            warnings.append(f'going on from {path} instead: {lost}')
+            lost = max(_iteration(candidates[0]) - meta['iter'], 0)
+            warnings.append(f'going on from {path}: {lost} iterations are lost')
         return ResumePoint(path, meta['iter'], meta.get('seed'), warnings)
-    if checkpoint and (beside := [path for path in _newest_first(Path(checkpoint).parent) if path != candidates[0]]):
-        warnings[0] += f'; --resume {beside[0]} is the one before'
-    if warnings:
+    if checkpoint and (
+        others := [path for path in _newest_first(Path(checkpoint).parent, []) if path != candidates[0]]
+    ):
+        warnings.append(f'--resume {others[0]} is the one before')
+    if candidates:
         raise UserError('; '.join(warnings))
     return None
 
 
-def _newest_first(folder: Path) -> list[Path]:
+def _newest_first(folder: Path, warnings: list[str]) -> list[Path]:
     """What ``last_checkpoint`` names, though the folder may have been moved, and those before it.
 
-    Later ones are left from another run.
+    Later ones are left from another run. Without a file of that name, all that are there.
     """
+    found = sorted(folder.glob('iter_*.pth'), key=_iteration, reverse=True)
     pointer = folder / 'last_checkpoint'
-    named = Path(pointer.read_text(errors='replace').replace('\0', '').strip()) if pointer.is_file() else Path()
-    last = folder / named.name if (folder / named.name).is_file() or not named.is_file() else named
-    found = sorted(last.parent.glob('iter_*.pth') if named.name else folder.glob('iter_*.pth'), key=_iteration)[::-1]
-    return [last, *(path for path in found if _iteration(path) < _iteration(last))] if named.name else found
+    if not pointer.is_file():
+        return found
+    named = pointer.read_text(errors='replace').strip()
+    for last in (folder / os.path.basename(named), Path(named)):
+        if os.path.isfile(last):  # False for what cannot be a name
+            older = last.parent.glob('iter_*.pth')
+            return [last, *sorted((p for p in older if _iteration(p) < _iteration(last)), key=_iteration, reverse=True)]
+    if found:
+        warnings.append(f'{pointer} names {named[:200]!r}, which is not there')
+    return found
 
 
 def _iteration(path: Path) -> int:
@@ -104,13 +113,28 @@ def _read_resumable(path: Path, cfg: Config) -> dict:
     check_fits(model, content, path, ARCHS)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     try:
-        wrapper.load_state_dict(content['optimizer'])
-        for parameter, state in wrapper.optimizer.state.items():
-            shapes = {value.shape for value in state.values() if getattr(value, 'ndim', 0)}
-            if shapes - {parameter.shape}:
-                raise ValueError('the shapes of its state differ')
+        _check_optimizer(wrapper, content['optimizer'])
+        for scheduler in content['param_schedulers']:
+            if shadowed := set(scheduler) & set(dir(_ParamScheduler)):
+                raise ValueError(f'a scheduler has {shadowed.pop()}')
     except Exception as error:  # what is in a file can be anything
-        raise UserError(
-            f'{path} cannot be resumed, its optimizer does not fit the config ({summary(error)})'
-        ) from error
+        reason = summary(error)
+        raise UserError(f'{path} cannot be resumed, its optimizer does not fit the config ({reason})') from error
     return content
+
+
+def _check_optimizer(wrapper: OptimWrapper, state: dict) -> None:
+    """Load it as mmengine will, and look at what torch takes as it is.
+
+    Raises:
+        Exception: of any kind where it does not fit.
+    """
+    for ours, theirs in zip(wrapper.optimizer.param_groups, state['param_groups'], strict=False):
+        for key, value in ours.items():
+            there = theirs[key]  # a KeyError names what another optimizer does not have
+            if isinstance(value, (int, float)) != isinstance(there, (int, float)):
+                raise ValueError(f'{key} is {there!r}')
+    wrapper.load_state_dict(state)
+    for parameter, moments in wrapper.optimizer.state.items():
+        if {value.shape for value in moments.values() if getattr(value, 'ndim', 0)} - {parameter.shape}:
+            raise ValueError('the shapes of its state differ')

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from mmengine.dist import is_main_process
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from mmseg.registry import RUNNERS
 from torch import nn
 from torch.utils.data import DataLoader
@@ -60,10 +60,10 @@ class SafeRunner(Runner):
             UserError: a file of the data set cannot be used, or a data-loading worker has died.
         """
         try:
-            with self.stop_signal, self.naming_files_of_dead_workers():
+            with self.stop_signal:
                 return super().train()
         except BadSample as error:
-            # Data are fetched between iterations, so the weights are those of the last whole one.
+            # Data are fetched between iterations, by all processes together: the weights are those of a whole one.
             kept = self.save_now(self.iter)
             raise UserError(f'{one_line(error)}; {kept}: mend that, then --resume') from error
 
@@ -137,6 +137,12 @@ class SafeRunner(Runner):
         loader.worker_init_fn = partial(_init_worker, then=loader.worker_init_fn)
         return loader
 
+    def build_train_loop(self, loop: dict | BaseLoop) -> BaseLoop:
+        """mmengine's, whose processes stop together where one of them has no data."""
+        loop = super().build_train_loop(loop)
+        loop.dataloader_iterator = _CommonBatches(loop.dataloader_iterator, self)
+        return loop
+
     def register_hooks(self, *args, **kwargs) -> None:
         super().register_hooks(*args, **kwargs)
         self.register_hook(StopOnSignalHook())
@@ -166,6 +172,27 @@ class SafeRunner(Runner):
                 f'a data-loading worker {dead[2].strip(" .")}, on {", ".join(files) or "no file yet"}: it may have run '
                 'out of memory (fewer workers need less), or the file is bad'
             ) from error
+
+
+class _CommonBatches:
+    """An iterator over batches that fails in all processes of a run if it fails in one."""
+
+    def __init__(self, batches: Iterator, runner: SafeRunner):
+        self.batches, self.runner = batches, runner
+
+    def __next__(self):
+        failure = batch = None
+        try:
+            with self.runner.naming_files_of_dead_workers():
+                batch = next(self.batches)
+        except BadSample as error:
+            failure = error
+        if any_process(failure is not None):
+            raise failure or BadSample('another process of the run cannot go on')
+        return batch
+
+    def __getattr__(self, name: str):
+        return getattr(self.batches, name)
 
 
 def _init_worker(worker_id: int, then) -> None:

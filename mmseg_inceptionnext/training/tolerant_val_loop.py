@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 
+from mmengine.dist import get_world_size
 from mmengine.runner import ValLoop
 from mmseg.registry import LOOPS
 
@@ -36,7 +37,13 @@ class TolerantValLoop(ValLoop):
         if any_process(bool(reason)):
             self._give_up(reason or 'it failed in another process')
             return {}
-        metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
+        try:
+            metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
+        except Exception:
+            if get_world_size() > 1:  # the others are waiting for the first's figures
+                raise
+            self._give_up(traceback.format_exc())
+            return {}
         runner.call_hook('after_val_epoch', metrics=metrics)
         runner.call_hook('after_val')
         return metrics

@@ -11,7 +11,11 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
+from mmengine.registry import init_default_scope
+from mmengine.runner import ValLoop
+from mmseg.registry import HOOKS, LOOPS
 
 from mmseg_inceptionnext.checkpoints import read_checkpoint
 from mmseg_inceptionnext.config import fit_to_device, require
@@ -77,12 +81,13 @@ def summary(runner: SafeRunner) -> dict:
         replaced, by message.
     """
     hub, work_dir = runner.message_hub, Path(runner.work_dir)
-    best = hub.get_info('best_ckpt')
+    several = '_mIoU' if 'best_ckpt_mIoU' in hub.runtime_info else ''  # figures whose best checkpoints are kept
+    best, score = (hub.get_info(f'best_{what}{several}') for what in ('ckpt', 'score'))
     checkpoint = Path(best or hub.get_info('last_ckpt') or work_dir / f'iter_{runner.iter}.pth')
     iteration = re.search(r'iter_(\d+)', checkpoint.name)
     skipped = runner.skipped_images.read_text().splitlines() if runner.skipped_images.is_file() else []
     return {
-        'best': hub.get_info('best_score') if best else None,
+        'best': score if best else None,
         'iteration': int(iteration[1]) if iteration else runner.iter,
         'checkpoint': checkpoint,
         'config': work_dir / Path(runner.cfg.filename).name,
@@ -97,6 +102,10 @@ def _prepare(cfg: Config, weights: str | None, resume: str | bool, amp: bool, se
              auto_batch: bool, skip_bad_images: bool) -> Callable[[Config], SafeRunner]:  # fmt: skip
     """Check and change a config as :func:`train` is asked to, and say what makes its runner."""
     require(cfg, 'model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
+    if resume == '':
+        raise UserError('--resume names no checkpoint: leave the name out to go on from the newest')
+    if cfg.train_cfg.get('by_epoch') or 'Epoch' in str(cfg.train_cfg.get('type')):
+        raise UserError('train_cfg counts epochs: runs here are counted, saved and resumed by iterations')
     if seed is not None and not 0 <= seed < 2**32:
         raise UserError(f'--seed {seed} must be from 0 to {2**32 - 1}')
     for section, key in (('train_dataloader', 'batch_size'), ('train_cfg', 'max_iters'), ('train_cfg', 'val_interval')):
@@ -129,11 +138,15 @@ def _prepare(cfg: Config, weights: str | None, resume: str | bool, amp: bool, se
 
 
 def _use_safe_parts(cfg: Config) -> None:
-    """In the place of mmengine's, which configs of other origin name."""
-    if (hook := cfg.get('default_hooks', {}).get('checkpoint')) and hook.get('type') == 'CheckpointHook':
-        hook.type = 'SafeCheckpointHook'
-    if (loop := cfg.get('val_cfg')) and loop.get('type') == 'ValLoop':
-        loop.type = 'TolerantValLoop'
+    """In the place of mmengine's, which configs of other origin name or leave to it."""
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    hooks = cfg.setdefault('default_hooks', {})
+    hook = hooks.setdefault('checkpoint', dict(type='CheckpointHook', by_epoch=False, interval=1000))
+    if hook and HOOKS.get(hook['type']) is CheckpointHook:
+        hook['type'] = 'SafeCheckpointHook'
+    loop = cfg.get('val_cfg')
+    if loop and LOOPS.get(loop.get('type', 'ValLoop')) is ValLoop:
+        loop['type'] = 'TolerantValLoop'
 
 
 def _new_runner(cfg: Config) -> SafeRunner:
