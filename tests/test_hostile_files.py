@@ -7,6 +7,7 @@ import pickle
 import re
 import struct
 import time
+import warnings
 import zipfile
 from collections import Counter
 from copy import deepcopy
@@ -130,7 +131,7 @@ def hostile(name: str, folder: Path, good: Path, marker: Path) -> Path:
         encode = b'c_codecs\nencode\nq\1X\x40\0\0\0' + b'A' * 64
         with_pickle(
             path,
-            b'\x80\x02' + encode + b'X\x06\0\0\0latin1\x86Rq\0' + b'0' * 0 + b'h\1h\0X\3\0\0\0hex\x86Rq\0' * 25 + b'.',
+            b'\x80\x02' + encode + b'X\x06\0\0\0latin1\x86Rq\0' + b'h\1h\0X\3\0\0\0hex\x86Rq\0' * 25 + b'.',
         )
     elif name == 'view_that_is_copied':
         view = Call(
@@ -149,7 +150,9 @@ def hostile(name: str, folder: Path, good: Path, marker: Path) -> Path:
     elif name == 'other_kinds':
         torch.save({'state_dict': {'a': torch.zeros(3, device='meta'), 'b': torch.eye(3).to_sparse()}}, path)
     elif name == 'torch_script':
-        torch.jit.script(torch.nn.Linear(1, 1)).save(path)
+        with warnings.catch_warnings():  # one day it will be gone
+            warnings.simplefilter('ignore')
+            torch.jit.script(torch.nn.Linear(1, 1)).save(path)
     elif name == 'deep_nesting':
         with_pickle(path, b'\x80\x02' + b']' * 10**6 + b'a' * (10**6 - 1) + b'.')
     elif name == 'no_tensors':
@@ -175,10 +178,10 @@ def hostile(name: str, folder: Path, good: Path, marker: Path) -> Path:
 NAMES = [
     'os_system', 'eval', 'nested_in_state_dict', 'in_the_optimizer', 'legacy_format', 'bare_pickle', 'protocol_4',
     'import_by_numpy', 'bytearray', 'legacy_bytearray', 'zip_bomb', 'zip_that_overlaps', 'truncated', 'flipped_bit',
-    'wrong_magic', 'web_page', 'empty', 'huge_tensor', 'huge_view', 'legacy_huge_tensor', 'deep_nesting', 'no_tensors',
-    'strange_keys', 'raw_pointers', 'slow_hash', 'colliding_keys', 'copies_of_copies', 'view_that_is_copied',
-    'two_directories', 'other_kinds', 'torch_script', 'safetensors_length', 'safetensors_json', 'safetensors_overlap', 'safetensors_beyond',
-    'safetensors_not_one',
+    'wrong_magic', 'web_page', 'empty', 'huge_tensor', 'huge_view', 'legacy_huge_tensor', 'deep_nesting',
+    'no_tensors', 'strange_keys', 'raw_pointers', 'slow_hash', 'colliding_keys', 'copies_of_copies',
+    'view_that_is_copied', 'two_directories', 'other_kinds', 'torch_script', 'safetensors_length',
+    'safetensors_json', 'safetensors_overlap', 'safetensors_beyond', 'safetensors_not_one',
 ]  # fmt: skip
 
 CODE = ['os_system', 'eval', 'nested_in_state_dict', 'in_the_optimizer', 'legacy_format', 'bare_pickle', 'protocol_4']

@@ -140,8 +140,10 @@ def _prepare(cfg: Config, weights: str | None, resume: str | bool, amp: bool, se
 def _use_safe_parts(cfg: Config) -> None:
     """In the place of mmengine's, which configs of other origin name or leave to it."""
     init_default_scope(cfg.get('default_scope', 'mmseg'))
-    hooks = cfg.setdefault('default_hooks', {})
-    hook = hooks.setdefault('checkpoint', dict(type='CheckpointHook', by_epoch=False, interval=1000))
+    cfg.default_hooks = {
+        'checkpoint': dict(type='CheckpointHook', by_epoch=False, interval=1000), **(cfg.get('default_hooks') or {})
+    }  # fmt: skip
+    hook = cfg.default_hooks.checkpoint
     if hook and HOOKS.get(hook['type']) is CheckpointHook:
         hook['type'] = 'SafeCheckpointHook'
     loop = cfg.get('val_cfg')
