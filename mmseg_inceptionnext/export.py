@@ -93,7 +93,7 @@ def export(
         raise UserError('there is nothing to compare the file on: --verify at least 1, or name --images')
     cfg, model, found = load_trained(config, checkpoint, classes)
     scale, keep_ratio = _resize_of(of_arrays(leaves(cfg.test_dataloader.dataset)[0].pipeline))
-    module = ExportableSegmentor(model, labels)
+    module = ExportableSegmentor(model, labels, winograd=not dynamic and precision == 'fp32')
     if precision == 'fp16':
         module = module.half()
     contract = Contract(

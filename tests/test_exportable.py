@@ -9,7 +9,13 @@ from mmseg.registry import MODELS
 
 from mmseg_inceptionnext import UserError
 from mmseg_inceptionnext.config import fit_to_device
-from mmseg_inceptionnext.models.exportable import ExportableSegmentor, average_pool, up_sample
+from mmseg_inceptionnext.models.exportable import (
+    Conv3x3,
+    ExportableSegmentor,
+    WinogradConv3x3,
+    average_pool,
+    up_sample,
+)
 
 TINY_UPERNET = ROOT / 'tests' / 'configs' / 'upernet_tiny.py'
 
@@ -48,6 +54,13 @@ def test_up_sampling_is_torchs_for_all_sizes(align_corners):
             torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize('size', [(1, 1), (4, 6), (7, 130), (129, 5), (256, 131)], ids=str)
+def test_winograds_algorithm_is_the_convolution(size):
+    weight, bias, x = torch.randn(3, 2, 3, 3), torch.randn(3), torch.randn(2, *size, 2)
+    expected = Conv3x3(weight.double(), bias.double())(x.double()).float()
+    assert relative_error(WinogradConv3x3(weight, bias)(x), expected) < 1e-5
+
+
 @pytest.mark.parametrize('size', [(64, 96), (33, 131), (97, 64)], ids=str)
 @pytest.mark.parametrize(
     ('path', 'options'),
@@ -71,6 +84,7 @@ def test_the_logits_of_mmseg(path, options, size):
         logits = ExportableSegmentor(model, labels=False)(images)
         assert relative_error(logits, expected) < 1e-5
         assert torch.equal(ExportableSegmentor(model, labels=True)(images.float()), logits.argmax(1))
+        assert relative_error(ExportableSegmentor(model, labels=False, winograd=True)(images), expected) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ class ExportableSegmentor(nn.Module):
     Args:
         model: A trained EncoderDecoder with a UPerHead or FPNHead; it stays as it is.
         labels: Return the index of the largest logit instead of all.
+        winograd: Compute the widest 3×3 convolutions of a UPerHead by Winograd's algorithm: for float32, and for a size
+            that does not change after the export.
 
     Input: (N, 3, H, W), RGB from 0 to 255, of any dtype. Output: logits (N, classes, H, W), or labels (N, H, W), int64.
 
@@ -39,7 +41,7 @@ class ExportableSegmentor(nn.Module):
         UserError: the segmentor is of another kind.
     """
 
-    def __init__(self, model: EncoderDecoder, labels: bool):
+    def __init__(self, model: EncoderDecoder, labels: bool, winograd: bool = False):
         super().__init__()
         _check(model)
         model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -50,7 +52,9 @@ class ExportableSegmentor(nn.Module):
         self.register_buffer('std', preprocessor.std if preprocessor._enable_normalize else torch.ones(3, 1, 1))
         self.backbone, self.neck = model.backbone, model.neck if model.with_neck else nn.Identity()
         self.align_corners = model.align_corners
-        self.head = Head(model.decode_head) if isinstance(model.decode_head, UPerHead) else model.decode_head
+        self.head = model.decode_head
+        if isinstance(self.head, UPerHead):
+            self.head = Head(self.head, WinogradConv3x3 if winograd else Conv3x3)
         for module in list(self.head.modules()):
             for name, child in module.named_children():
                 if isinstance(child, Upsample):
@@ -111,15 +115,18 @@ class Head(nn.Module):
     Input: feature maps (N, C_i, H_i, W_i) of a backbone. Output: logits (N, classes, H_0, W_0).
     """
 
-    def __init__(self, head: UPerHead):
+    def __init__(self, head: UPerHead, wide_conv: type[nn.Module]):
         super().__init__()
         self.in_index, self.align_corners = head.in_index, head.align_corners
         self.pool_scales = [module[0].output_size for module in head.psp_modules]
         self.pooled_convs = nn.ModuleList(Pointwise(module[1].conv) for module in head.psp_modules)
         self.lateral_convs = nn.ModuleList(Pointwise(module.conv) for module in head.lateral_convs)
-        self.fpn_convs = nn.ModuleList(Conv3x3(m.conv.weight, m.conv.bias) for m in head.fpn_convs)
-        self.bottleneck = Bottleneck(head.bottleneck.conv, head.in_channels[-1], head.align_corners)
-        self.fpn_bottleneck = Bottleneck(head.fpn_bottleneck.conv, head.channels, head.align_corners)
+        convs = [wide_conv, *[Conv3x3] * (len(head.fpn_convs) - 1)]  # of which the first has the largest map
+        self.fpn_convs = nn.ModuleList(
+            conv(module.conv.weight, module.conv.bias) for conv, module in zip(convs, head.fpn_convs, strict=True)
+        )
+        self.bottleneck = Bottleneck(head.bottleneck.conv, head.in_channels[-1], head.align_corners, Conv3x3)
+        self.fpn_bottleneck = Bottleneck(head.fpn_bottleneck.conv, head.channels, head.align_corners, wide_conv)
         self.conv_seg = Pointwise(head.conv_seg)
 
     def forward(self, features: list[Tensor]) -> Tensor:
@@ -158,6 +165,79 @@ class Conv3x3(nn.Module):
         return F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, padding=1).permute(0, 2, 3, 1)
 
 
+# Winograd's F(4×4, 3×3) with the points 0, 1, -1, 1/2, -2 and ∞, which round least of those tried (docs/speed.md).
+_INPUT = torch.tensor(
+    [
+        [1, -1.5, -2, 1.5, 1, 0],
+        [0, -1, 0.5, 2.5, 1, 0],
+        [0, 1, -2.5, 0.5, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 0.5, -1, -0.5, 1, 0],
+        [0, 1, -1.5, -2, 1.5, 1],
+    ],
+    dtype=torch.double,
+)
+_KERNEL = (
+    torch.tensor(
+        [[15, 0, 0], [5, 5, 5], [-5, 5, -5], [-16, -8, -4], [1, -2, 4], [0, 0, 15]],
+        dtype=torch.double,
+    )
+    / 15
+)
+_OUTPUT = torch.tensor(
+    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 0.5, -2, 0], [0, 1, 1, 0.25, 4, 0], [0, 1, -1, 0.125, -8, 1]],
+    dtype=torch.double,
+)
+_BLOCK = 128  # rows and columns: the matrices below are mostly zeros, and the more so the longer they are
+
+
+class WinogradConv3x3(nn.Module):
+    """:class:`Conv3x3` in a quarter of the multiplications, in matrix products alone.
+
+    ``Aᵀ [(G w Gᵀ) ∘ (Bᵀ d B)] A`` for every 4×4 outputs and the 6×6 inputs d around them, summed over channels, as in
+    :mod:`mmseg_inceptionnext.models.winograd`. Bᵀ for all tiles of a block is one matrix (6 · tiles, rows) and A one of
+    (rows, 6 · tiles), which know the padding, too; between them are 36 products over channels. They do half as many
+    multiplications again as those 36, without moving anything in memory.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        weight = torch.einsum('ik,ockl,jl->ijco', _KERNEL, weight.double(), _KERNEL).float()
+        self.weight, self.bias = nn.Parameter(weight.contiguous()), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        blocks = [
+            torch.cat([self._block(x, y, z) for z in range(0, width, _BLOCK)], dim=2) for y in range(0, height, _BLOCK)
+        ]
+        out = torch.cat(blocks, dim=1)
+        return out if self.bias is None else out + self.bias
+
+    def _block(self, x: Tensor, y: int, z: int) -> Tensor:
+        (top, bottom, rows_in, rows_out), (left, right, columns_in, columns_out) = (
+            _tiles(start, size, x.dtype) for start, size in zip((y, z), x.shape[1:3], strict=True)
+        )
+        x = x[:, top:bottom, left:right]
+        n, _, width, c = x.shape
+        x = (rows_in @ x.flatten(2)).view(n, -1, width, c)
+        x = columns_in @ x  # (N, 6·tiles, 6·tiles, C)
+        x = x.unflatten(2, (6, -1)).unflatten(1, (6, -1)) @ self.weight[:, None]
+        x = columns_out @ x.flatten(3, 4).flatten(1, 2)
+        return (rows_out @ x.flatten(2)).unflatten(2, x.shape[2:])
+
+
+def _tiles(start: int, size: int, dtype: torch.dtype) -> tuple[int, int, Tensor, Tensor]:
+    """A block along an axis: where its inputs begin and end, and the matrices for all its tiles."""
+    outputs = min(_BLOCK, size - start)
+    tiles = -(-outputs // 4)
+    first, last = max(start - 1, 0), min(start + outputs + 1, size)
+    # Of input p and tile t, which of the tile's six inputs it is
+    index = torch.arange(first, last) - (start - 1) - 4 * torch.arange(tiles)[:, None]
+    inputs = torch.where((index >= 0) & (index < 6), _INPUT[:, index.clamp(0, 5)], 0.0).flatten(0, 1)
+    output = torch.einsum('ai,ts->tais', _OUTPUT, torch.eye(tiles, dtype=torch.double)).flatten(2).flatten(0, 1)
+    return first, last, inputs.to(dtype), output[:outputs].to(dtype)
+
+
 class Bottleneck(nn.Module):
     """A 3×3 convolution over maps that are to have the size of the first, without: ``Σ_j C_j Σ_i R_i W_ij x``.
 
@@ -165,15 +245,16 @@ class Bottleneck(nn.Module):
         conv: A convolution over the concatenated maps.
         channels: Of the first map.
         align_corners: Of the up-sampling.
+        first_conv: Class of the convolution of the first map.
 
     Input: a list of (N, H_k, W_k, C_k). Output: (N, H_0, W_0, O).
     """
 
-    def __init__(self, conv: nn.Conv2d, channels: int, align_corners: bool):
+    def __init__(self, conv: nn.Conv2d, channels: int, align_corners: bool, first_conv: type[nn.Module]):
         super().__init__()
         others = (conv.in_channels - channels) // conv.out_channels
         first, *others = conv.weight.split([channels, *[conv.out_channels] * others], dim=1)
-        self.conv = Conv3x3(first, conv.bias)
+        self.conv = first_conv(first, conv.bias)
         # (O, C, i, j) to (C, i·j·O): all nine taps of a map in one product
         self.taps = nn.ParameterList(weight.permute(1, 2, 3, 0).flatten(1).contiguous() for weight in others)
         self.align_corners = align_corners
