@@ -1,4 +1,4 @@
-"""Measure exported files under ONNX Runtime against mmseg's eager model: the table of docs/deploy.md.
+"""Measure exported files under ONNX Runtime against mmseg's eager model: the table of docs/speed.md.
 
 InceptionNeXt-T with UperNet and random weights, from an image of uint8 to its label map. The contestants are measured
 in turn, each in a process of its own; ratios are taken round by round.

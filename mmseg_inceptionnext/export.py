@@ -111,7 +111,8 @@ def _resize_of(pipeline: list[dict]) -> tuple[tuple[int, int] | None, bool]:
     """Scale and keep_ratio of a test pipeline, which has nothing else to say to who runs the file."""
     scale, keep_ratio = None, False
     for transform in pipeline[1:]:
-        if transform.type == 'Resize' and set(transform) <= {'type', 'scale', 'keep_ratio'} and scale is None:
+        is_to_scale = set(transform) <= {'type', 'scale', 'keep_ratio'} and len(np.shape(transform.get('scale'))) == 1
+        if transform.type == 'Resize' and is_to_scale and scale is None:
             scale, keep_ratio = tuple(transform.scale), bool(transform.get('keep_ratio', False))
         elif transform.type != 'PackSegInputs':
             raise UserError(

@@ -1,6 +1,8 @@
 """Files for other runtimes compute what mmseg computes, or are not written; Segmentor and predict.py run them."""
 
+import ast
 import json
+import re
 import sys
 
 import numpy as np
@@ -77,6 +79,15 @@ def test_a_dynamic_file_alone_takes_any_size(dynamic, shape):
     assert logits.dtype == np.float32 and logits.shape == expected.shape
     assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()
     assert np.mean(logits.argmax(1) != expected.argmax(1)) < 1e-3
+
+
+def test_the_example_of_the_documentation(dynamic, paths, tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / 'deploy.md').read_text(), re.DOTALL)
+    (tmp_path / 'model.onnx').symlink_to(dynamic[2])
+    Image.open(paths[0]).save(tmp_path / 'street.jpg')
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert ast.literal_eval(capsys.readouterr().out) <= set(OnnxModel(dynamic[2]).contract.classes.names)
 
 
 def test_the_file_says_what_it_expects_and_returns(dynamic, fixed):
