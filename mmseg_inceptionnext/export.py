@@ -13,7 +13,7 @@ from pathlib import Path
 import mmseg
 import numpy as np
 import torch
-from mmcv.transforms import Resize
+from mmcv.transforms import Compose
 from mmengine.config import Config
 from mmseg.models.segmentors import EncoderDecoder
 from torch import Tensor
@@ -24,7 +24,7 @@ from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.files import whole_file
 from mmseg_inceptionnext.images import read_image
 from mmseg_inceptionnext.models.exportable import ExportableSegmentor
-from mmseg_inceptionnext.onnx_model import Contract, OnnxModel, import_onnx, is_onnx
+from mmseg_inceptionnext.onnx_model import Contract, OnnxModel, import_onnx, is_onnx, preparation
 from mmseg_inceptionnext.segmentor import load_trained
 from mmseg_inceptionnext.version import __version__
 
@@ -92,12 +92,12 @@ def export(
     if verify + len(images) < 1:
         raise UserError('there is nothing to compare the file on: --verify at least 1, or name --images')
     cfg, model, found = load_trained(config, checkpoint, classes)
-    scale, keep_ratio = _resize_of(of_arrays(leaves(cfg.test_dataloader.dataset)[0].pipeline))
+    prepare = _preparations(of_arrays(leaves(cfg.test_dataloader.dataset)[0].pipeline))
     module = ExportableSegmentor(model, labels, winograd=not dynamic and precision == 'fp32')
     if precision == 'fp16':
         module = module.half()
     contract = Contract(
-        found, labels, dtype, None if dynamic else tuple(shape), scale, keep_ratio, model.align_corners, precision
+        found, labels, dtype, None if dynamic else tuple(shape), prepare, model.align_corners, precision
     )
     pictures = [*_random_images(verify, shape, dynamic), *(_real_image(path, contract) for path in images)]
     with _quiet():
@@ -107,18 +107,14 @@ def export(
             return _compare(run, model, pictures, contract)
 
 
-def _resize_of(pipeline: list[dict]) -> tuple[tuple[int, int] | None, bool]:
-    """Scale and keep_ratio of a test pipeline, which has nothing else to say to who runs the file."""
-    scale, keep_ratio = None, False
-    for transform in pipeline[1:]:
-        is_to_scale = set(transform) <= {'type', 'scale', 'keep_ratio'} and len(np.shape(transform.get('scale'))) == 1
-        if transform.type == 'Resize' and is_to_scale and scale is None:
-            scale, keep_ratio = tuple(transform.scale), bool(transform.get('keep_ratio', False))
-        elif transform.type != 'PackSegInputs':
-            raise UserError(
-                f'a test pipeline with {transform.type} as here cannot be exported: one Resize to a scale can'
-            )
-    return scale, keep_ratio
+def _preparations(pipeline: list[dict]) -> tuple[dict, ...]:
+    """What a test pipeline for images in memory does with them between loading and packing."""
+    try:
+        return tuple(preparation(transform) for transform in pipeline[1:] if transform.type != 'PackSegInputs')
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f'the test pipeline cannot be exported ({error}): Resize to a scale and ResizeToMultiple can'
+        ) from error
 
 
 def _random_images(number: int, shape: tuple[int, int], dynamic: bool) -> Iterator[np.ndarray]:
@@ -130,14 +126,14 @@ def _random_images(number: int, shape: tuple[int, int], dynamic: bool) -> Iterat
 
 
 def _real_image(path: str | Path, contract: Contract) -> np.ndarray:
-    pixels = read_image(path)
+    pipeline = contract.pipeline()
     if contract.shape:
-        pixels = Resize(scale=contract.shape[::-1])(dict(img=pixels))['img']
-    elif contract.scale:
-        pixels = Resize(scale=contract.scale, keep_ratio=contract.keep_ratio)(dict(img=pixels))['img']
-    if min(pixels.shape[:2]) < _SMALLEST_SIDE:
+        pipeline[1:-1] = [dict(type='Resize', scale=contract.shape[::-1])]
+    bgr = np.ascontiguousarray(read_image(path)[..., ::-1])
+    pixels = Compose(pipeline)(dict(img=bgr))['inputs'].flip(0)
+    if min(pixels.shape[1:]) < _SMALLEST_SIDE:
         raise UserError(f'{path} is too thin: no side may be shorter than {_SMALLEST_SIDE} pixels')
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+    return pixels[None].numpy()
 
 
 @contextmanager

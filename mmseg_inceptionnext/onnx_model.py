@@ -21,6 +21,8 @@ from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.models.label_map_segmentor import label_map
 
 DTYPES = {'uint8': 'tensor(uint8)', 'float32': 'tensor(float)'}  # of the input, and what ONNX Runtime calls them
+# Transforms of a test pipeline that a file may ask for, and their arguments.
+_PREPARATIONS = {'Resize': {'scale', 'keep_ratio'}, 'ResizeToMultiple': {'size_divisor'}}
 _FORMAT = 'mmseg_inceptionnext 1'
 
 
@@ -49,8 +51,7 @@ class Contract:
         labels: It returns labels (N, H, W), int64, else logits (N, classes, H, W), float32; of the input's size.
         dtype: Of the input (N, 3, H, W), RGB from 0 to 255: 'uint8' or 'float32'.
         shape: H and W, and N is 1; None where all three are open.
-        scale: Width and height that images are resized to before, by the config's test pipeline; None where they stay.
-        keep_ratio: The scale is the largest box that they fit into, as mmcv's Resize has it.
+        prepare: How images are resized before: Resize and ResizeToMultiple of the config's test pipeline.
         align_corners: Of up-sampling.
         precision: 'fp32' or 'fp16', of the weights.
     """
@@ -59,8 +60,7 @@ class Contract:
     labels: bool
     dtype: str
     shape: tuple[int, int] | None
-    scale: tuple[int, int] | None
-    keep_ratio: bool
+    prepare: tuple[dict, ...]
     align_corners: bool
     precision: str
 
@@ -73,7 +73,7 @@ class Contract:
             reduce_zero_label=self.classes.reduce_zero_label,
             input=dict(layout='NCHW', channels='RGB', range=[0, 255], dtype=self.dtype, height=height, width=width),
             output='labels' if self.labels else 'logits',
-            resize=self.scale and dict(scale=self.scale, keep_ratio=self.keep_ratio),
+            prepare=self.prepare,
             align_corners=self.align_corners,
             precision=self.precision,
             versions=versions,
@@ -91,7 +91,7 @@ class Contract:
             raise UserError(f'{path} was not exported by tools/export.py, or by another version of it: export it again')
         try:
             facts = {key: json.loads(text) for key, text in metadata.items() if key != 'format'}
-            taken, resize = facts['input'], facts['resize'] or dict(scale=None, keep_ratio=False)
+            taken = facts['input']
             names = tuple(map(str, facts['classes']))
             palette = tuple((int(red), int(green), int(blue)) for red, green, blue in facts['palette'])
             if (
@@ -105,8 +105,7 @@ class Contract:
                 labels=facts['output'] == 'labels',
                 dtype=taken['dtype'],
                 shape=_pair((taken['height'], taken['width'])) if taken['height'] is not None else None,
-                scale=_pair(resize['scale']) if resize['scale'] is not None else None,
-                keep_ratio=bool(resize['keep_ratio']),
+                prepare=tuple(map(preparation, facts['prepare'])),
                 align_corners=bool(facts['align_corners']),
                 precision=str(facts['precision']),
             )
@@ -117,8 +116,20 @@ class Contract:
 
     def pipeline(self) -> list[dict]:
         """From an image in memory, BGR as mmseg has it, to what :meth:`OnnxModel.test_step` takes."""
-        resize = [dict(type='Resize', scale=self.scale, keep_ratio=self.keep_ratio)] if self.scale else []
-        return [dict(type='LoadImageFromNDArray'), *resize, dict(type='PackSegInputs')]
+        return [dict(type='LoadImageFromNDArray'), *self.prepare, dict(type='PackSegInputs')]
+
+
+def preparation(transform: dict) -> dict:
+    """A transform that a file may ask for, as plain values.
+
+    Raises:
+        ValueError: another one, or one with other arguments.
+    """
+    kind, arguments = transform['type'], {key: value for key, value in transform.items() if key != 'type'}
+    if kind not in _PREPARATIONS or not set(arguments) <= _PREPARATIONS[kind]:
+        raise ValueError(f'{kind} with {", ".join(arguments) or "no arguments"}')
+    checks = dict(scale=_pair, keep_ratio=bool, size_divisor=lambda value: _pair((value, value))[0])
+    return dict(type=kind) | {key: checks[key](value) for key, value in arguments.items()}
 
 
 def _pair(values) -> tuple[int, int]:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_CONFIG, assert_user_error
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from mmseg.datasets import ADE20KDataset
 from PIL import Image
 from test_exportable import TINY_UPERNET, build
@@ -29,6 +31,7 @@ META = {key: ADE20KDataset.METAINFO[key] for key in ('classes', 'palette')} | di
 
 def checkpoint_of(path, folder):
     """Random, with logits far apart."""
+    init_default_scope('mmseg')
     model = build(path, **{'backbone.init_cfg': None})
     torch.nn.init.normal_(model.decode_head.conv_seg.weight)
     torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=META)), folder / 'model.pth')
@@ -107,7 +110,7 @@ def test_the_file_says_what_it_expects_and_returns(dynamic, fixed):
 
     contract = OnnxModel(fixed).contract
     assert (contract.labels, contract.dtype, contract.shape, contract.precision) == (True, 'float32', (96, 96), 'fp32')
-    assert (contract.scale, contract.keep_ratio, contract.align_corners) == ((640, 160), True, False)
+    assert contract.prepare == (dict(type='Resize', scale=(640, 160), keep_ratio=True),) and not contract.align_corners
     assert contract.classes.names[:2] == ('wall', 'building') and contract.classes.reduce_zero_label
 
 
@@ -217,6 +220,10 @@ def test_foreign_and_damaged_files(fixed, tmp_path):
         Segmentor(changed(fixed, out, lambda model: model.ClearField('metadata_props')))
     with pytest.raises(UserError, match='its metadata are damaged'):
         Segmentor(changed(fixed, out, lambda model: setattr(model.metadata_props[1], 'value', '{')))
+    other = json.dumps([dict(type='LoadImageFromFile', backend_args=dict(backend='http'))])
+    at = [entry.key for entry in onnx.load(fixed).metadata_props].index('prepare')
+    with pytest.raises(UserError, match='damaged .ValueError: LoadImageFromFile'):
+        Segmentor(changed(fixed, out, lambda model: setattr(model.metadata_props[at], 'value', other)))
     with pytest.raises(UserError, match='it takes weights from other files'):
         Segmentor(changed(fixed, out, refer_to_another_file))
     with pytest.raises(UserError, match='cannot be run by ONNX Runtime'):
@@ -237,16 +244,12 @@ def test_mistakes(checkpoints, fixed, tool_here, tmp_path, monkeypatch):
     assert_user_error(tool_here('predict', TINY_CONFIG, checkpoints['fpn'], '--out', 'x'), 'required: input')
     with pytest.raises(UserError, match='a config needs a checkpoint'):
         Segmentor(TINY_CONFIG)
-    with pytest.raises(UserError, match='with RandomFlip as here cannot be exported'):
-        export_module._resize_of([dict(type='LoadImageFromNDArray'), *map(AttributeDict, [dict(type='RandomFlip')])])
+    with pytest.raises(UserError, match='cannot be exported .RandomFlip with prob'):
+        export_module._preparations(Config(dict(p=[dict(type='Load'), dict(type='RandomFlip', prob=0.5)])).p)
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     for arguments in ((*command, '--out', 'x.onnx'), ('predict', fixed, 'a.jpg', '--out', 'x')):
         assert_user_error(tool_here(*arguments), 'need onnxruntime: pip install mmseg-inceptionnext[onnx]')
     assert not list(tmp_path.glob('x.*'))
-
-
-class AttributeDict(dict):
-    __getattr__ = dict.__getitem__
 
 
 @pytest.mark.slow
