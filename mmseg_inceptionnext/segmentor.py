@@ -32,6 +32,7 @@ from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.images import read_image
 from mmseg_inceptionnext.inference import optimize_for_inference
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
+from mmseg_inceptionnext.onnx_model import OnnxModel, is_onnx
 from mmseg_inceptionnext.report.overlay import draw_overlay, under_legend
 from mmseg_inceptionnext.weights import load_segmentor
 
@@ -106,8 +107,9 @@ class Segmentor:
         result.overlay(legend=True).save('out.png')
 
     Args:
-        config: A config file, the name of a shipped one ('upernet/inceptionnext_t'), or a config.
-        checkpoint: A segmentor trained with it; every key and shape must agree.
+        config: A config file, the name of a shipped one ('upernet/inceptionnext_t'), or a config. Or an .onnx file of
+            ``tools/export.py``, which stands for config and checkpoint; ONNX Runtime runs it on the CPU.
+        checkpoint: A segmentor trained with the config; every key and shape must agree.
         device: Such as 'cpu' or 'cuda:1'. Default: a GPU if there is one.
         classes: 'ade20k' or a file, see :func:`~mmseg_inceptionnext.classes.read_classes`. Default: those in the
             checkpoint.
@@ -118,31 +120,41 @@ class Segmentor:
         device: Where it runs.
 
     Raises:
-        UserError: the config or the checkpoint cannot be read, they do not fit, the checkpoint does not say what its
-            classes are, or there is no such device.
+        UserError: the config, the checkpoint or the .onnx file cannot be read, they do not fit, the checkpoint does
+            not say what its classes are, or there is no such device.
     """
 
-    def __init__(self, config: str | Path | Config, checkpoint: str | Path, device: str | torch.device | None = None,
-                 classes: str | Path | None = None, fast: bool = True):  # fmt: skip
-        cfg = config.copy() if isinstance(config, Config) else read_config(config)
-        require(cfg, 'model', 'test_dataloader')
-        init_default_scope(cfg.get('default_scope', 'mmseg'))
+    def __init__(
+        self,
+        config: str | Path | Config,
+        checkpoint: str | Path | None = None,
+        device: str | torch.device | None = None,
+        classes: str | Path | None = None,
+        fast: bool = True,
+    ):
+        if checkpoint is None:
+            self._open_onnx(config, device, classes)
+            return
         self.device = _device(device)
-        content = read_checkpoint(checkpoint)
-        if classes is None:
-            self.classes = classes_of_checkpoint(content, checkpoint)
-        else:
-            self.classes = read_classes(classes, reduce_zero_label=reduces_zero_label(content))
-
-        fit_to_device(cfg)
-        cfg.model.backbone.init_cfg = None  # everything comes from the checkpoint
-        model = MODELS.build(cfg.model)
-        load_segmentor(model, content, checkpoint, ARCHS)
-        num_classes = model.decode_head.num_classes
-        check_number(self.classes.names, num_classes, str(classes if classes is not None else checkpoint))
-        model = model.to(self.device).eval()
+        cfg, model, self.classes = load_trained(config, checkpoint, classes)
+        model = model.to(self.device)
         self._model = optimize_for_inference(model) if fast and isinstance(model, EncoderDecoder) else model
         self._pipeline = Compose(of_arrays(leaves(cfg.test_dataloader.dataset)[0].pipeline))
+
+    def _open_onnx(self, path: str | Path | Config, device: str | torch.device | None,
+                   classes: str | Path | None) -> None:  # fmt: skip
+        if isinstance(path, Config) or not is_onnx(path):
+            raise UserError('a config needs a checkpoint of a segmentor trained with it; an .onnx file stands for both')
+        if device is not None and _device(device).type != 'cpu':
+            raise UserError(f'--device {device}: .onnx files run on the CPU here: leave it out')
+        init_default_scope('mmseg')
+        self.device = torch.device('cpu')
+        self._model = OnnxModel(path)
+        self.classes = self._model.contract.classes
+        if classes is not None:
+            self.classes = read_classes(classes, self.classes.reduce_zero_label)
+            check_number(self.classes.names, len(self._model.contract.classes.names), str(classes))
+        self._pipeline = Compose(self._model.contract.pipeline())
 
     def __call__(
         self, images: str | Path | Image.Image | np.ndarray | Sequence, batch_size: int = 1
@@ -201,6 +213,30 @@ class Segmentor:
                 labels = sample.pred_sem_seg.data[0].to('cpu', torch.int16).numpy()
                 results[index] = Segmentation(prepared[index]['image'], labels, self.classes)
         return [results[index] for index in range(len(prepared))]
+
+
+def load_trained(
+    config: str | Path | Config, checkpoint: str | Path, classes: str | Path | None = None
+) -> tuple[Config, EncoderDecoder, Classes]:
+    """A config, the trained segmentor in eval mode on the CPU, and its classes; arguments as of :class:`Segmentor`.
+
+    Raises:
+        UserError: as :class:`Segmentor`.
+    """
+    cfg = config.copy() if isinstance(config, Config) else read_config(config)
+    require(cfg, 'model', 'test_dataloader')
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    content = read_checkpoint(checkpoint)
+    if classes is None:
+        found = classes_of_checkpoint(content, checkpoint)
+    else:
+        found = read_classes(classes, reduce_zero_label=reduces_zero_label(content))
+    fit_to_device(cfg)
+    cfg.model.backbone.init_cfg = None  # everything comes from the checkpoint
+    model = MODELS.build(cfg.model)
+    load_segmentor(model, content, checkpoint, ARCHS)
+    check_number(found.names, model.decode_head.num_classes, str(classes if classes is not None else checkpoint))
+    return cfg, model.eval(), found
 
 
 def _device(name: str | torch.device | None) -> torch.device:

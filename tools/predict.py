@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmseg_inceptionnext.checkpoints import trusting_checkpoints
 from mmseg_inceptionnext.command_line import add_trust_option, fail, output_folder, positive_int, run
+from mmseg_inceptionnext.onnx_model import is_onnx
 from mmseg_inceptionnext.predict import Output, count_images, find_sources, predict
 from mmseg_inceptionnext.segmentor import Segmentor
 
@@ -21,11 +22,13 @@ def share(text: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage='%(prog)s (CONFIG CHECKPOINT | MODEL.onnx) INPUT … --out DIR [options]'
+    )
     parser.add_argument('config', help='config file, or the name of a shipped one')
     parser.add_argument('checkpoint', help='checkpoint of a segmentor trained with it')
     parser.add_argument(
-        'inputs', nargs='+', metavar='input', help='images, videos, folders, globs; - reads a list from standard input'
+        'inputs', nargs='*', metavar='input', help='images, videos, folders, globs; - reads a list from standard input'
     )
     parser.add_argument('--out', metavar='DIR', type=output_folder, required=True, help='where the overlays go')
     parser.add_argument('--opacity', type=share, default=0.5, help='of the colours, from 0 to 1 (0.5)')
@@ -46,6 +49,10 @@ def main() -> None:
     )
     add_trust_option(parser)
     args = parser.parse_args()
+    if is_onnx(args.config):  # tools/export.py's, which stands for config and checkpoint
+        args.checkpoint, args.inputs = None, [args.checkpoint, *args.inputs]
+    if not args.inputs:
+        parser.error('the following arguments are required: input')
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as Ctrl-C does: what is computed is written
     output = Output(args.out, args.opacity, args.legend, args.labels)

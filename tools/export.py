@@ -1,0 +1,53 @@
+"""Export a trained segmentor to one file, ONNX or torch.export's, and compare what it computes."""
+
+import argparse
+
+from mmseg_inceptionnext.checkpoints import trusting_checkpoints
+from mmseg_inceptionnext.command_line import add_trust_option, output_file, run
+from mmseg_inceptionnext.export import TOLERANCES, export
+from mmseg_inceptionnext.onnx_model import DTYPES
+
+
+def whole_number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number')
+    return int(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file, or the name of a shipped one')
+    parser.add_argument('checkpoint', help='checkpoint of a segmentor trained with it')
+    parser.add_argument('--out', metavar='FILE', type=output_file, required=True, help='.onnx or .pt2')
+    parser.add_argument(
+        '--shape', nargs=2, type=int, metavar=('H', 'W'), default=(512, 512), help='size of the images (512 512)'
+    )
+    parser.add_argument('--dynamic', action='store_true', help='any size from 32 pixels on, any number of images')
+    result = parser.add_mutually_exclusive_group()
+    result.add_argument('--labels', action='store_true', help='return the index of the class of each pixel')
+    result.add_argument(
+        '--logits', dest='labels', action='store_false', help='return the logits of all classes (default)'
+    )
+    parser.add_argument('--input', choices=DTYPES, default='uint8', help='type of the values from 0 to 255 (uint8)')
+    parser.add_argument('--precision', choices=TOLERANCES, default='fp32', help='of weights and arithmetic (fp32)')
+    parser.add_argument('--verify', metavar='N', type=whole_number, default=3, help='compare on N random images (3)')
+    parser.add_argument('--images', nargs='+', metavar='FILE', default=(), help='compare on these, too')
+    parser.add_argument(
+        '--classes', metavar='ade20k|FILE', help='if the checkpoint has no names: FILE holds NAME or NAME #RRGGBB lines'
+    )
+    add_trust_option(parser)
+    args = parser.parse_args()
+
+    with trusting_checkpoints(args.trust_checkpoint):
+        verified = export(
+            args.config, args.checkpoint, args.out, tuple(args.shape), args.dynamic, args.labels, args.input,
+            args.precision, args.verify, args.images, args.classes,
+        )  # fmt: skip
+    print(
+        f'{args.out}: {args.out.stat().st_size / 2**20:.0f} MiB. On {verified.images} images its logits are within '
+        f'{verified.error:.1e} of the largest, and {verified.differing:.2%} of the labels differ, by ties'
+    )
+
+
+if __name__ == '__main__':
+    run(main)
