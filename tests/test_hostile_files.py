@@ -220,6 +220,7 @@ def entries(tool_here, mini_root, tmp_path):
         'train load_from': lambda path: of_tool('train', TINY_CONFIG, *data, *options, f'load_from={path}'),
         'test': lambda path: of_tool('test', TINY_CONFIG, path, *data),
         'predict': lambda path: of_tool('predict', TINY_CONFIG, path, image, '--out', tmp_path / 'out'),
+        'export': lambda path: of_tool('export', TINY_CONFIG, path, '--out', tmp_path / 'out.onnx'),
         'Segmentor': lambda path: of_call(Segmentor, TINY_CONFIG, path),
         'backbone': lambda path: of_call(pretrained, path),
     }
@@ -232,7 +233,7 @@ def peak_memory(reset: bool = False) -> int:
     return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1]) * 1024
 
 
-ENTRIES = ['train --weights', 'train --resume', 'train load_from', 'test', 'predict', 'Segmentor', 'backbone']
+ENTRIES = ['train --weights', 'train --resume', 'train load_from', 'test', 'predict', 'export', 'Segmentor', 'backbone']
 
 
 @pytest.mark.parametrize('entry', ENTRIES)
