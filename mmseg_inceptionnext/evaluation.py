@@ -110,6 +110,7 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
     if show_dir is not None:
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='OverlayHook', out_dir=str(show_dir))]
 
+    cfg.update(resume=False, load_from=None)  # the config may be one that a resumed run has written
     runner = SafeRunner.from_cfg(cfg)
     load_segmentor(runner.model, content, checkpoint, ARCHS)
     if is_model_wrapper(runner.model):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_CONFIG
 from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
 from mmseg.registry import DATASETS, HOOKS
@@ -14,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mmseg_inceptionnext import UserError, ValidationSamplesHook
 from mmseg_inceptionnext.checkpoints import read_checkpoint
-from mmseg_inceptionnext.config import fit_to_device
+from mmseg_inceptionnext.config import fit_to_device, load_config
+from mmseg_inceptionnext.evaluation import evaluate
 from mmseg_inceptionnext.training.mixed_precision import use_mixed_precision
 from mmseg_inceptionnext.training.reproducible import Draw, ReproducibleInfiniteSampler, SeedAugmentation
 from mmseg_inceptionnext.training.train import summary, train
@@ -56,6 +58,18 @@ def test_resume_of_a_named_checkpoint_and_after_a_move(tiny_cfg, tmp_path):
     assert runner.iter == moved.iter == 6
     assert_equal_states(runner.model.state_dict(), moved.model.state_dict())
     assert len(list((tmp_path / 'moved').glob('best_*.pth'))) == 1  # the one before was replaced, or is still the best
+
+
+def test_what_a_resumed_run_writes_is_tested_as_it_is(tiny_cfg, mini_root):
+    """Its config beside its checkpoint: nothing in it goes on from another one."""
+    work_dir = Path(tiny_cfg.work_dir)
+    train(variant(tiny_cfg, work_dir, **{'train_cfg.max_iters': 3}), seed=5)
+    end = summary(train(variant(tiny_cfg, work_dir), resume=True))
+    written = load_config(end['config'], work_dir)
+    assert not written.get('resume') and written.get('load_from') is None
+    written.update(resume=True, load_from='/nowhere/iter_3.pth')  # as mmengine's own tools write it
+    figures = evaluate(written, work_dir / 'iter_6.pth')
+    assert figures == evaluate(load_config(TINY_CONFIG, work_dir, mini_root), work_dir / 'iter_6.pth')
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(tiny_cfg):

@@ -49,6 +49,10 @@ class SafeRunner(Runner):
     def resumed_from(self) -> str | None:
         return self._load_from if self._resume else None
 
+    def go_on_from(self, checkpoint: str) -> None:
+        """Resume from a checkpoint when the training begins; the config, which outlives the run, says nothing of it."""
+        self._load_from, self._resume = checkpoint, True
+
     @property
     def skipped_images(self) -> Path:
         return Path(self.work_dir, 'skipped_images.txt')

@@ -166,12 +166,13 @@ def _new_runner(cfg: Config) -> SafeRunner:
 
 
 def _resumed_runner(cfg: Config, point: ResumePoint) -> SafeRunner:
-    cfg.update(resume=True, load_from=str(point.path))
+    cfg.update(resume=False, load_from=None)
     # Everything comes from the checkpoint: pretrained weights need not be fetched only to be overwritten.
     cfg.model.backbone.init_cfg = None
     # mmengine takes the seed over only after the sampler has been built with another one.
     cfg.randomness = {'seed': point.seed, **cfg.get('randomness', {})}
     runner = SafeRunner.from_cfg(cfg)
+    runner.go_on_from(str(point.path))
     for warning in point.warnings:
         runner.logger.warning(warning)
     if point.iteration == cfg.train_cfg.get('max_iters'):
