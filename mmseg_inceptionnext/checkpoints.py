@@ -27,7 +27,7 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.pickle_check import check_archive_pickle, check_legacy_pickles
+from mmseg_inceptionnext.pickle_check import HISTORY_METHODS, check_archive_pickle, check_legacy_pickles
 
 NO_NETWORK = (
     'download it elsewhere and pass the file (init_cfg checkpoint, or --weights FILE), or train from scratch '
@@ -134,7 +134,7 @@ def _check(path: Path) -> None:
                 raise _refused(path, 'it is a program (TorchScript)')
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f'the checksum of {damaged} does not hold')
-            storages = {name.removeprefix('data/'): size for name, size in sizes.items() if name.startswith('data/')}
+            storages = {name.removeprefix('data/'): n for name, n in sizes.items() if name.startswith('data/')}
             check_archive_pickle(BytesIO(archive.read(f'{folder}/data.pkl')), size, storages)
 
 
@@ -154,7 +154,7 @@ def _check_directory(file: BufferedIOBase, size: int) -> None:
         if struct.unpack('<L', locator[4:8])[0] or struct.unpack('<Q', locator[8:16])[0] != where:
             raise zipfile.BadZipFile('its end points elsewhere')
         length, start = struct.unpack('<2Q', large[40:56])
-    elif locator[:4] == b'PK\x06\x07' or b'PK\x06\x07' in tail:
+    elif b'PK\x06\x07' in tail:
         raise zipfile.BadZipFile('its end points elsewhere')
     if end[:4] != b'PK\x05\x06' or comment or start + length != where:
         raise zipfile.BadZipFile('its directory is not at its end')
@@ -260,6 +260,6 @@ def _mmengine_globals() -> list:
 
 def _history_buffer_method(owner: type, name: str):
     """``getattr`` as far as a pickled HistoryBuffer needs it: one of its statistics, of nothing else."""
-    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
+    if owner is not HistoryBuffer or name not in HISTORY_METHODS:
         raise pickle.UnpicklingError(f'GLOBAL builtins.getattr of {owner!r} and {name!r} is not allowed')
     return getattr(owner, name)

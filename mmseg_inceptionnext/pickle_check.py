@@ -21,6 +21,9 @@ _INSTRUCTIONS = """
     BINGET LONG_BINGET BINPUT LONG_BINPUT BINPERSID
 """
 
+# Of mmengine's HistoryBuffer: its statistics, which its pickle looks up by getattr.
+HISTORY_METHODS = ('min', 'max', 'mean', 'current')
+
 _STORAGES = dict(Float=4, Double=8, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1)
 
 
@@ -157,7 +160,7 @@ def _scalar(dtype: _Dtype, content: bytes) -> _Constant:
 
 
 def _getattr(owner: _Constant, name: str) -> _Constant:
-    if owner is not _HISTORY or name not in ('min', 'max', 'mean', 'current'):
+    if owner is not _HISTORY or name not in HISTORY_METHODS:
         raise pickle.UnpicklingError('GLOBAL builtins.getattr')
     return _METHOD
 

@@ -12,7 +12,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from torch.profiler import ProfilerActivity, profile
 
-from mmseg_inceptionnext.config import load_config
+from mmseg_inceptionnext.config import fit_to_device, load_config
 from mmseg_inceptionnext.data.mini_ade20k import make_mini_ade20k
 from mmseg_inceptionnext.training.train import train
 
@@ -118,3 +118,21 @@ def peak_bytes(function) -> int:
             total += event.nbytes()
             peak = max(peak, total)
     return peak
+
+
+def build_segmentor(path, **options) -> torch.nn.Module:
+    """In eval mode, with statistics, γ and biases that make a difference."""
+    from mmseg.registry import MODELS  # after the package, which quietens what importing mmseg says
+
+    cfg = Config.fromfile(path)
+    cfg.merge_from_dict({f'model.{key}': value for key, value in options.items()})
+    fit_to_device(cfg)
+    cfg.model.backbone.init_cfg = None
+    model = MODELS.build(cfg.model).eval()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith(('gamma', 'running_var')):
+                tensor.uniform_(0.2, 0.6)
+            elif name.endswith(('bias', 'running_mean')):
+                tensor.normal_(0, 0.1)
+    return model

@@ -3,12 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY_CONFIG, relative_error
-from mmengine.config import Config
-from mmseg.registry import MODELS
+from conftest import ROOT, TINY_CONFIG, build_segmentor, relative_error
 
 from mmseg_inceptionnext import UserError
-from mmseg_inceptionnext.config import fit_to_device
 from mmseg_inceptionnext.models.exportable import (
     Conv3x3,
     ExportableSegmentor,
@@ -18,21 +15,6 @@ from mmseg_inceptionnext.models.exportable import (
 )
 
 TINY_UPERNET = ROOT / 'tests' / 'configs' / 'upernet_tiny.py'
-
-
-def build(path, **options):
-    """In eval mode, with statistics and biases that make a difference."""
-    cfg = Config.fromfile(path)
-    cfg.merge_from_dict({f'model.{key}': value for key, value in options.items()})
-    fit_to_device(cfg)
-    model = MODELS.build(cfg.model).eval()
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith(('gamma', 'running_var')):
-                tensor.uniform_(0.2, 0.6)
-            elif name.endswith(('bias', 'running_mean')):
-                tensor.normal_(0, 0.1)
-    return model
 
 
 @pytest.mark.parametrize('scale', [1, 2, 3, 5, 6, 8])
@@ -76,7 +58,7 @@ def test_winograds_algorithm_is_the_convolution(size):
     ids=['fpn', 'upernet', 'plain', 'upernet aligned', 'fpn aligned', 'bgr', 'not normalised'],
 )
 def test_the_logits_of_mmseg(path, options, size):
-    model = build(path, **options)
+    model = build_segmentor(path, **options)
     images = torch.randint(256, (2, 3, *size), dtype=torch.uint8)
     with torch.no_grad():
         inputs = model.data_preprocessor(dict(inputs=list(images.flip(1))), False)['inputs']
@@ -99,4 +81,4 @@ def test_the_logits_of_mmseg(path, options, size):
 )
 def test_what_cannot_be_exported_is_refused(path, options, message):
     with pytest.raises(UserError, match=message):
-        ExportableSegmentor(build(path, **options), labels=False)
+        ExportableSegmentor(build_segmentor(path, **options), labels=False)

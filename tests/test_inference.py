@@ -4,36 +4,17 @@ import copy
 
 import pytest
 import torch
-from conftest import ROOT, TINY_CONFIG, relative_error
-from mmengine.config import Config
+from conftest import ROOT, TINY_CONFIG, build_segmentor, relative_error
 from mmseg.models.segmentors import EncoderDecoder
-from mmseg.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmseg_inceptionnext import LabelMapSegmentor, inference, optimize_for_inference
-from mmseg_inceptionnext.config import fit_to_device
 from mmseg_inceptionnext.models.packed import PackedMlp, PackedWinogradConv2d
 
 CONFIGS = ['upernet/inceptionnext_a', 'upernet/inceptionnext_t', 'fpn/inceptionnext_a', 'fpn/inceptionnext_t',
            'mini/upernet_inceptionnext_a', 'baselines/upernet/convnext_t', 'baselines/fpn/resnet_50']  # fmt: skip
 needs_packing = pytest.mark.skipif(not inference.packing_works(), reason='this torch has no packed operators')
-
-
-def build(path, **options) -> EncoderDecoder:
-    """In eval mode, with statistics, γ and biases that make a difference."""
-    cfg = Config.fromfile(path)
-    cfg.merge_from_dict({f'model.{key}': value for key, value in options.items()})
-    fit_to_device(cfg)
-    cfg.model.backbone.init_cfg = None
-    model = MODELS.build(cfg.model).eval()
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith(('gamma', 'running_var')):
-                tensor.uniform_(0.2, 0.6)
-            elif name.endswith(('bias', 'running_mean')):
-                tensor.normal_(0, 0.1)
-    return model
 
 
 @pytest.fixture(params=[True, False], ids=['packed', 'folded'])
@@ -47,7 +28,7 @@ def packing(request, monkeypatch):
 
 @pytest.mark.parametrize('config', CONFIGS)
 def test_the_same_features_and_logits(config, packing):
-    model = build(ROOT / 'configs' / f'{config}.py')
+    model = build_segmentor(ROOT / 'configs' / f'{config}.py')
     fast = optimize_for_inference(model)
     inputs = torch.randn(2, 3, 96, 160)
     with torch.no_grad():
@@ -60,7 +41,7 @@ def test_the_same_features_and_logits(config, packing):
 
 @pytest.mark.parametrize('size', [(65, 131), (97, 64), (33, 40)], ids=str)
 def test_any_size(size, packing):
-    model = build(TINY_CONFIG)
+    model = build_segmentor(TINY_CONFIG)
     inputs = torch.randn(1, 3, *size)
     with torch.no_grad():
         expected = model(inputs, mode='predict')[0].pred_sem_seg.data
@@ -70,8 +51,8 @@ def test_any_size(size, packing):
 def test_the_plain_head_is_as_good_as_ours(packing):
     """What --cfg-options model.decode_head.type=UPerHead gives."""
     path = ROOT / 'configs/mini/upernet_inceptionnext_a.py'
-    plain = build(path, **{'decode_head.type': 'UPerHead'})
-    late = build(path)
+    plain = build_segmentor(path, **{'decode_head.type': 'UPerHead'})
+    late = build_segmentor(path)
     late.load_state_dict(plain.state_dict(), strict=True)
     inputs = torch.randn(1, 3, 96, 128)
     with torch.no_grad():
@@ -81,7 +62,7 @@ def test_the_plain_head_is_as_good_as_ours(packing):
 
 
 def test_the_model_that_is_given_stays_as_it_is():
-    model = build(ROOT / 'configs/mini/upernet_inceptionnext_a.py').train()
+    model = build_segmentor(ROOT / 'configs/mini/upernet_inceptionnext_a.py').train()
     before = copy.deepcopy(model.state_dict())
     structure = repr(model)
     fast = optimize_for_inference(model)
@@ -93,7 +74,7 @@ def test_the_model_that_is_given_stays_as_it_is():
 
 def test_nothing_is_left_to_fold(packing):
     """But for the norms of the feature maps, which a padded convolution follows."""
-    fast = optimize_for_inference(build(TINY_CONFIG))
+    fast = optimize_for_inference(build_segmentor(TINY_CONFIG))
     norms = [name for name, module in fast.named_modules() if isinstance(module, _BatchNorm)]
     assert norms == [f'backbone.norm{i}' for i in range(4)]
     assert any(isinstance(module, PackedMlp) for module in fast.modules()) == packing
@@ -101,7 +82,7 @@ def test_nothing_is_left_to_fold(packing):
 
 @needs_packing
 def test_packed_where_it_pays():
-    fast = optimize_for_inference(build(ROOT / 'configs/upernet/inceptionnext_a.py'))
+    fast = optimize_for_inference(build_segmentor(ROOT / 'configs/upernet/inceptionnext_a.py'))
     assert sum(isinstance(module, PackedWinogradConv2d) for module in fast.decode_head.modules()) == 5
     plain_pointwise = [name for name, module in fast.named_modules()
                        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)]  # fmt: skip
@@ -110,7 +91,7 @@ def test_packed_where_it_pays():
 
 @needs_packing
 def test_under_autocast_it_is_only_folded():
-    model = build(TINY_CONFIG)
+    model = build_segmentor(TINY_CONFIG)
     with torch.autocast('cpu', torch.bfloat16), torch.no_grad():
         fast = optimize_for_inference(model)
         assert not any(isinstance(module, PackedMlp) for module in fast.modules())
@@ -119,7 +100,7 @@ def test_under_autocast_it_is_only_folded():
 
 @needs_packing
 def test_an_optimised_model_can_be_copied_and_optimised_again():
-    fast = optimize_for_inference(build(TINY_CONFIG))
+    fast = optimize_for_inference(build_segmentor(TINY_CONFIG))
     inputs = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = fast(inputs, mode='tensor')
@@ -130,7 +111,7 @@ def test_an_optimised_model_can_be_copied_and_optimised_again():
 def test_the_faster_layout_is_timed_elsewhere(monkeypatch):
     """On a device that is no CPU, which here only says that it is none."""
     monkeypatch.setattr(inference, '_device', lambda model: 'cuda')
-    model = build(TINY_CONFIG)
+    model = build_segmentor(TINY_CONFIG)
     fast, as_it_was = optimize_for_inference(model, (64, 64)), optimize_for_inference(model)
     assert not as_it_was.backbone._forward_pre_hooks
     inputs = torch.randn(1, 3, 64, 64)
