@@ -8,12 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_CONFIG, assert_user_error
+from conftest import ROOT, TINY_CONFIG, TINY_UPERNET, assert_user_error, build_segmentor
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.datasets import ADE20KDataset
 from PIL import Image
-from test_exportable import TINY_UPERNET, build
 
 from mmseg_inceptionnext import Segmentor, UserError
 from mmseg_inceptionnext import export as export_module
@@ -32,7 +31,7 @@ META = {key: ADE20KDataset.METAINFO[key] for key in ('classes', 'palette')} | di
 def checkpoint_of(path, folder):
     """Random, with logits far apart."""
     init_default_scope('mmseg')
-    model = build(path, **{'backbone.init_cfg': None})
+    model = build_segmentor(path)
     torch.nn.init.normal_(model.decode_head.conv_seg.weight)
     torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=META)), folder / 'model.pth')
     return folder / 'model.pth'

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY_CONFIG, build_segmentor, relative_error
+from conftest import TINY_CONFIG, TINY_UPERNET, build_segmentor, relative_error
 
 from mmseg_inceptionnext import UserError
 from mmseg_inceptionnext.models.exportable import (
@@ -13,8 +13,6 @@ from mmseg_inceptionnext.models.exportable import (
     average_pool,
     up_sample,
 )
-
-TINY_UPERNET = ROOT / 'tests' / 'configs' / 'upernet_tiny.py'
 
 
 @pytest.mark.parametrize('scale', [1, 2, 3, 5, 6, 8])
