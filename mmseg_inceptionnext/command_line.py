@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from mmengine.config import DictAction
 
 from mmseg_inceptionnext.errors import UserError, one_line
@@ -86,6 +88,7 @@ def run(main: Callable[[], None]) -> None:
     logging.raiseExceptions = False  # a log that cannot be written is not worth a traceback for each of its lines
     try:
         main()
+        _leave_process_group()
     except KeyboardInterrupt:
         print('stopped', file=sys.stderr)
         sys.exit(130)
@@ -97,6 +100,13 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f'error: {error.filename or "a file"} cannot be written: {error.strerror}: make room', file=sys.stderr)
         sys.exit(2)
+
+
+def _leave_process_group() -> None:
+    """End the threads of gloo before Python ends: one that lets go of a tensor later aborts the whole process."""
+    if torch.distributed.is_initialized():
+        gc.collect()  # of a runner, whose model wrapper would keep the group
+        torch.distributed.destroy_process_group()
 
 
 def each(configs: Sequence[str], measure: Callable) -> tuple[list, dict[str, str]]:

@@ -16,7 +16,7 @@ from mmseg_inceptionnext.errors import UserError
 _LAUNCHERS = {
     'pytorch': ('torchrun', 'RANK', 'WORLD_SIZE'),
     'slurm': ('srun', 'SLURM_PROCID', 'SLURM_NTASKS'),
-    'mpi': ('mpirun', 'OMPI_COMM_WORLD_LOCAL_RANK', 'OMPI_COMM_WORLD_SIZE'),
+    'mpi': ('mpirun', 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE'),
 }
 
 
@@ -103,7 +103,8 @@ def load_config(path: str | Path, work_dir: str | Path | None = None, data_root:
     override(cfg, data_root, cfg_options)
     default = cfg.get('work_dir') or Path('work_dirs', path.absolute().parent.name, path.stem)
     cfg.work_dir = str(work_dir or default)
-    _check_writable(Path(cfg.work_dir))
+    if _rank(launcher) == 0:  # the others write nothing
+        _check_writable(Path(cfg.work_dir))
     return cfg
 
 
@@ -139,6 +140,11 @@ def world_size(cfg: Config) -> int:
     """How many processes a run of this config has, also before they have met."""
     launcher = cfg.get('launcher', 'none')
     return 1 if launcher == 'none' else int(os.environ[_LAUNCHERS[launcher][2]])
+
+
+def _rank(launcher: str) -> int:
+    """The number of this process in its run, also before they have met."""
+    return 0 if launcher == 'none' else int(os.environ[_LAUNCHERS[launcher][1]])
 
 
 def set_data_root(cfg: Config, data_root: str | Path) -> None:

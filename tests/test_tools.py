@@ -1,7 +1,6 @@
 """Every tool as a user calls it: a subprocess, in another folder."""
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -197,21 +196,6 @@ def test_make_mini_ade20k(tool, tmp_path):
 def test_help_is_clean(tool, name):
     process = tool(name, '--help')
     assert process.returncode == 0 and process.stdout.startswith('usage:') and process.stderr == ''
-
-
-def test_two_processes_on_cpus_train_and_test(tool, mini_root, tmp_path):
-    """Over gloo; the figures of a split test are those of one process, on an odd number of images."""
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    data = ['--data-root', mini_root, '--work-dir', tmp_path / 'work']
-    options = ['--cfg-options', 'train_cfg.max_iters=2', 'test_dataloader.dataset.indices=1']
-    for script, *arguments in (('train', TINY_CONFIG), ('test', TINY_CONFIG, 'work/iter_2.pth', '--json', 'two.json')):
-        command = [*torchrun, ROOT / 'tools' / f'{script}.py', *arguments, '--launcher', 'pytorch', *data, *options]
-        process = subprocess.run(
-            command, cwd=tmp_path, env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True
-        )
-        assert process.returncode == 0, process.stderr[-3000:]
-    assert tool('test', TINY_CONFIG, 'work/iter_2.pth', '--json', 'one.json', *data, *options).returncode == 0
-    assert json.loads((tmp_path / 'two.json').read_text()) == json.loads((tmp_path / 'one.json').read_text())
 
 
 def test_get_flops(tool, tmp_path):

@@ -34,13 +34,19 @@ def main() -> None:
     parser.add_argument(
         '--skip-bad-images', action='store_true', help='replace training images that cannot be read, and count them'
     )
+    parser.add_argument(
+        '--strategy',
+        choices=('ddp', 'fsdp'),
+        default='ddp',
+        help='each process holds the whole model (ddp), or a share of weights, gradients and optimizer',
+    )
     add_trust_option(parser)
     args = parser.parse_args()
 
     cfg = load_config(args.config, args.work_dir, args.data_root, args.launcher, args.cfg_options)
     options = dict(
         weights=args.weights, resume=args.resume, amp=args.amp, seed=args.seed, auto_batch=args.auto_batch,
-        skip_bad_images=args.skip_bad_images,
+        skip_bad_images=args.skip_bad_images, strategy=args.strategy,
     )  # fmt: skip
     with trusting_checkpoints(args.trust_checkpoint):
         if args.dry_run:

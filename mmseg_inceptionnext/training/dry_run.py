@@ -13,7 +13,7 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.hooks import Hook
-from mmseg.registry import HOOKS
+from mmseg.registry import HOOKS, MODELS
 
 from mmseg_inceptionnext.measure.machine import device_name, peak_memory_mb
 from mmseg_inceptionnext.training.batch import EffectiveBatch, effective_batch
@@ -112,6 +112,8 @@ def dry_run(cfg: Config, make_runner: Callable[[Config], SafeRunner]) -> Plan:
     has_validation = cfg.get('val_dataloader') is not None
     with tempfile.TemporaryDirectory() as folder:
         cfg.work_dir = folder
+        # Not of the runner's model, which may be shared with other processes.
+        parameters = sum(p.numel() for p in MODELS.build(cfg.model).parameters())
         runner = make_runner(cfg)
         runner.train()
         if runner.stopped_by:
@@ -125,7 +127,7 @@ def dry_run(cfg: Config, make_runner: Callable[[Config], SafeRunner]) -> Plan:
                 runner.val_loop.run_iter(index, batch)
         optimizer = runner.optim_wrapper.optimizer
         return Plan(
-            parameters=sum(p.numel() for p in runner.model.parameters()),
+            parameters=parameters,
             batch=effective_batch(cfg),
             iterations=runner.max_iters,
             done=hook.start,

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import torch
 from mmengine.dist import is_main_process
-from mmengine.runner import BaseLoop, Runner
+from mmengine.hooks import LoggerHook
+from mmengine.runner import BaseLoop, FlexibleRunner, Runner
 from mmseg.registry import RUNNERS
 from torch import nn
 from torch.utils.data import DataLoader
@@ -22,9 +24,8 @@ from mmseg_inceptionnext.training.checkpoint_hook import SafeCheckpointHook
 from mmseg_inceptionnext.training.stop_signal import StopOnSignalHook, StopSignal, any_process, outlive_signals
 
 
-@RUNNERS.register_module()
-class SafeRunner(Runner):
-    """A Runner that loses nothing it has computed; mmengine's otherwise.
+class Safety:
+    """What makes one of mmengine's runners lose nothing that it has computed.
 
     - A checkpoint is written beside its place, flushed to the disk, and renamed.
     - SIGTERM, SIGUSR1 and Ctrl-C end a training between two iterations, with a checkpoint.
@@ -61,10 +62,11 @@ class SafeRunner(Runner):
         """Run the training loop.
 
         Raises:
-            UserError: a file of the data set cannot be used, or a data-loading worker has died.
+            UserError: a file of the data set cannot be used, a data-loading worker has died, or another process of the
+                run.
         """
         try:
-            with self.stop_signal:
+            with self.stop_signal, self.noticing_dead_processes():
                 return super().train()
         except BadSample as error:
             # Data are fetched between iterations, by all processes together: the weights are those of a whole one.
@@ -73,7 +75,7 @@ class SafeRunner(Runner):
 
     def test(self) -> dict:
         """Run the test loop; a data-loading worker that dies is a UserError that names its file."""
-        with self.naming_files_of_dead_workers():
+        with self.naming_files_of_dead_workers(), self.noticing_dead_processes():
             return super().test()
 
     def stop_if_asked(self, iteration: int) -> None:
@@ -110,9 +112,10 @@ class SafeRunner(Runner):
         Raises:
             OSError: it cannot be written.
         """
-        if '://' in str(out_dir):  # a store that puts whole objects
+        if '://' in str(out_dir) or not is_main_process():
+            # A store puts whole objects; and the other processes write nothing, but may hold parts of the weights.
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
-        elif is_main_process():
+        else:
             with whole_file(Path(out_dir, filename), durable=True) as partial_file:
                 super().save_checkpoint(str(out_dir), partial_file.name, *args, **kwargs)
 
@@ -154,6 +157,8 @@ class SafeRunner(Runner):
     def call_hook(self, fn_name: str, **kwargs) -> None:
         """Call a method of every hook; while it trains, one that finds the disk full is reported and passed over."""
         for hook in self.hooks:
+            if fn_name == 'after_test_epoch' and isinstance(hook, LoggerHook) and not is_main_process():
+                continue  # every process would write the same file
             try:
                 if hasattr(hook, fn_name):
                     getattr(hook, fn_name)(self, **kwargs)
@@ -161,6 +166,19 @@ class SafeRunner(Runner):
                 if error.errno not in FULL_DISK or 'test' in fn_name:
                     raise
                 self.logger.error(f'{type(hook).__name__} cannot write: {error.strerror}')
+
+    @contextmanager
+    def noticing_dead_processes(self) -> Iterator[None]:
+        """What waits for another process of the run fails when that ends; gloo has no exception of its own for it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, torch.distributed.DistError) and 'gloo' not in str(error):
+                raise
+            raise UserError(
+                f'process {self.rank} of {self.world_size} has lost another one, whose message says why '
+                f'({summary(error)}); {self.last_checkpoint}: go on with --resume'
+            ) from error
 
     @contextmanager
     def naming_files_of_dead_workers(self) -> Iterator[None]:
@@ -178,10 +196,20 @@ class SafeRunner(Runner):
             ) from error
 
 
+@RUNNERS.register_module()
+class SafeRunner(Safety, Runner):
+    """mmengine's Runner, see :class:`Safety`."""
+
+
+@RUNNERS.register_module()
+class SafeFlexibleRunner(Safety, FlexibleRunner):
+    """mmengine's FlexibleRunner, which leaves models and optimizers to a strategy; see :class:`Safety`."""
+
+
 class _CommonBatches:
     """An iterator over batches that fails in all processes of a run if it fails in one."""
 
-    def __init__(self, batches: Iterator, runner: SafeRunner):
+    def __init__(self, batches: Iterator, runner: Safety):
         self.batches, self.runner = batches, runner
 
     def __next__(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from mmengine.registry import init_default_scope
 from mmengine.runner import ValLoop
-from mmseg.registry import HOOKS, LOOPS
+from mmseg.registry import HOOKS, LOOPS, MODELS
 
 from mmseg_inceptionnext.checkpoints import read_checkpoint
 from mmseg_inceptionnext.config import fit_to_device, require
@@ -24,9 +25,10 @@ from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
 from mmseg_inceptionnext.training.batch import effective_batch, use_auto_batch
 from mmseg_inceptionnext.training.dry_run import Plan, dry_run
+from mmseg_inceptionnext.training.fsdp import use_fsdp
 from mmseg_inceptionnext.training.mixed_precision import use_mixed_precision
 from mmseg_inceptionnext.training.resume import ResumePoint, find_resume_point
-from mmseg_inceptionnext.training.runner import SafeRunner
+from mmseg_inceptionnext.training.runner import SafeFlexibleRunner, SafeRunner, Safety
 from mmseg_inceptionnext.weights import check_fits
 
 
@@ -38,7 +40,8 @@ def train(
     seed: int | None = None,
     auto_batch: bool = False,
     skip_bad_images: bool = False,
-) -> SafeRunner:
+    strategy: str = 'ddp',
+) -> Safety:
     """Run the training loop of a config, with its validations.
 
     Args:
@@ -52,6 +55,8 @@ def train(
         auto_batch: Accumulate gradients so that the recipe's batch holds, see
             :func:`~mmseg_inceptionnext.training.batch.use_auto_batch`.
         skip_bad_images: Replace training images that cannot be read by others, instead of stopping.
+        strategy: What the processes of a distributed run hold: 'ddp', each the whole model, or 'fsdp', a share of it,
+            see :class:`~mmseg_inceptionnext.training.fsdp.ShardedStrategy`.
 
     Returns:
         The runner, after the last iteration, or after the one in which a signal asked it to end.
@@ -59,18 +64,19 @@ def train(
     Raises:
         UserError: the data set, the weights or the checkpoint cannot be read or do not fit; or the loss is not finite.
     """
-    runner = _prepare(cfg, weights, resume, amp, seed, auto_batch, skip_bad_images)(cfg)
+    runner = _prepare(cfg, weights, resume, amp, seed, auto_batch, skip_bad_images, strategy)(cfg)
     runner.train()
     return runner
 
 
 def plan(cfg: Config, weights: str | None = None, resume: str | bool = False, amp: bool = False,
-         seed: int | None = None, auto_batch: bool = False, skip_bad_images: bool = False) -> Plan:  # fmt: skip
+         seed: int | None = None, auto_batch: bool = False, skip_bad_images: bool = False,
+         strategy: str = 'ddp') -> Plan:  # fmt: skip
     """What :func:`train` would do with the same arguments, and what it would cost; see :func:`dry_run`."""
-    return dry_run(cfg, _prepare(cfg, weights, resume, amp, seed, auto_batch, skip_bad_images))
+    return dry_run(cfg, _prepare(cfg, weights, resume, amp, seed, auto_batch, skip_bad_images, strategy))
 
 
-def summary(runner: SafeRunner) -> dict:
+def summary(runner: Safety) -> dict:
     """What a run has come to.
 
     Returns:
@@ -99,7 +105,7 @@ def summary(runner: SafeRunner) -> dict:
 
 
 def _prepare(cfg: Config, weights: str | None, resume: str | bool, amp: bool, seed: int | None,
-             auto_batch: bool, skip_bad_images: bool) -> Callable[[Config], SafeRunner]:  # fmt: skip
+             auto_batch: bool, skip_bad_images: bool, strategy: str) -> Callable[[Config], Safety]:  # fmt: skip
     """Check and change a config as :func:`train` is asked to, and say what makes its runner."""
     require(cfg, 'model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
     if resume == '':
@@ -121,6 +127,8 @@ def _prepare(cfg: Config, weights: str | None, resume: str | bool, amp: bool, se
     if seed is not None:
         cfg.randomness = dict(cfg.get('randomness', {}), seed=seed)
 
+    if strategy == 'fsdp':
+        use_fsdp(cfg)
     if skip_bad_images:
         cfg.skip_bad_images = True
     if auto_batch:
@@ -129,12 +137,24 @@ def _prepare(cfg: Config, weights: str | None, resume: str | bool, amp: bool, se
         print_log(warning, logger='current', level=logging.WARNING)
 
     _use_safe_parts(cfg)
+    if _restarted() and _pointer(cfg).is_file():
+        resume = True
     point = find_resume_point(cfg, None if resume is True else resume) if resume else None
     if point is not None:
         return partial(_resumed_runner, point=point)
     if resume:
         print_log(f'No checkpoint in {cfg.work_dir} yet: training starts from the beginning', logger='current')
     return _new_runner
+
+
+def _restarted() -> bool:
+    """Whether torchrun has started this process again after one of the run had died (``--max-restarts``)."""
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+
+
+def _pointer(cfg: Config) -> Path:
+    """Names the last checkpoint of the run in a work dir."""
+    return Path(cfg.work_dir, 'last_checkpoint')
 
 
 def _use_safe_parts(cfg: Config) -> None:
@@ -151,27 +171,30 @@ def _use_safe_parts(cfg: Config) -> None:
         loop['type'] = 'TolerantValLoop'
 
 
-def _new_runner(cfg: Config) -> SafeRunner:
+def _runner(cfg: Config) -> Safety:
+    return (SafeFlexibleRunner if cfg.get('strategy') else SafeRunner).from_cfg(cfg)
+
+
+def _new_runner(cfg: Config) -> Safety:
     source = cfg.get('load_from')
     if source is not None:
         # A segmentor to fine-tune. mmengine would load what happens to match.
-        content = read_checkpoint(source)
         cfg.model.backbone.init_cfg = None
-    runner = SafeRunner.from_cfg(cfg)
-    if source is not None:
-        check_fits(runner.model, content, source, ARCHS)
-    if is_main_process():
-        runner.skipped_images.unlink(missing_ok=True)  # of another run in this work dir
+        check_fits(MODELS.build(cfg.model), read_checkpoint(source), source, ARCHS)
+    runner = _runner(cfg)
+    if is_main_process():  # of another run in this work dir
+        runner.skipped_images.unlink(missing_ok=True)
+        _pointer(cfg).unlink(missing_ok=True)
     return runner
 
 
-def _resumed_runner(cfg: Config, point: ResumePoint) -> SafeRunner:
+def _resumed_runner(cfg: Config, point: ResumePoint) -> Safety:
     cfg.update(resume=False, load_from=None)
     # Everything comes from the checkpoint: pretrained weights need not be fetched only to be overwritten.
     cfg.model.backbone.init_cfg = None
     # mmengine takes the seed over only after the sampler has been built with another one.
     cfg.randomness = {'seed': point.seed, **cfg.get('randomness', {})}
-    runner = SafeRunner.from_cfg(cfg)
+    runner = _runner(cfg)
     runner.go_on_from(str(point.path))
     for warning in point.warnings:
         runner.logger.warning(warning)

@@ -1,0 +1,50 @@
+"""A hook for runs in processes of their own: what a test wants to know of each of them."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmseg.registry import HOOKS
+from torch.nn.modules.batchnorm import _BatchNorm
+
+_written: set[str] = set()
+
+
+def _note(event: str, arguments: tuple) -> None:
+    if event == 'open' and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        _written.add(str(arguments[0]))
+    elif event in ('os.rename', 'os.remove'):
+        _written.update(str(path) for path in arguments if isinstance(path, (str, os.PathLike)))
+
+
+sys.addaudithook(_note)
+
+
+@HOOKS.register_module()
+class RecordingHook(Hook):
+    """Writes ``<folder>/<rank>.json``: losses of a process, and the files that it opened to write, moved or removed.
+
+    Batch norms are put into eval mode: their statistics are of the images of one process on CPUs, where there is no
+    SyncBN, and would make the losses depend on the number of processes.
+    """
+
+    priority = 'LOWEST'
+
+    def __init__(self, folder: str):
+        self.path, self.losses = Path(folder), []
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        for module in runner.model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        self.losses.append(outputs['loss'].item())
+
+    def after_run(self, runner) -> None:
+        self.path.mkdir(exist_ok=True)
+        record = dict(losses=self.losses, written=sorted(_written))
+        (self.path / f'{get_rank()}.json').write_text(json.dumps(record))
