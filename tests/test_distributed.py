@@ -222,3 +222,12 @@ def test_fsdp_trains_as_ddp_and_their_checkpoints_are_the_same(two, tmp_path):
 def test_fsdp_needs_several_processes(tool_here, mini_root):
     process = tool_here('train', TINY_CONFIG, '--data-root', mini_root, '--strategy', 'fsdp')
     assert_user_error(process, '--strategy fsdp divides the model among several processes', 'docs/scaling.md')
+
+
+@pytest.mark.slow
+def test_the_tables_of_the_documentation_are_what_the_script_prints(tool):
+    process = tool('../benchmarks/scaling')
+    assert process.returncode == 0, process.stderr
+    rows = [line for line in process.stdout.splitlines() if line.startswith('|')]
+    documented = (ROOT / 'docs' / 'scaling.md').read_text().splitlines()
+    assert len(rows) == 22 and [row for row in rows if row not in documented] == []

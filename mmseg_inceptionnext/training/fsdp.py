@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from mmengine._strategy.fsdp import FSDPStrategy
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -21,10 +19,12 @@ def use_fsdp(cfg: Config) -> None:
     """Change a config, in place, so that :class:`SafeFlexibleRunner` runs it and its processes share one model.
 
     Raises:
-        UserError: the run has one process.
+        UserError: the run has one process, or its processes were not started by torchrun or srun.
     """
     if world_size(cfg) == 1:
         raise UserError('--strategy fsdp divides the model among several processes: start them, see docs/scaling.md')
+    if cfg.launcher == 'mpi':  # LOCAL_RANK, which mmengine's strategies ask for, is not set
+        raise UserError('--strategy fsdp runs under --launcher pytorch or slurm, not mpi: start it by one of them')
     cfg.strategy = dict(type='ShardedStrategy')
 
 
@@ -47,15 +47,15 @@ class ShardedStrategy(FSDPStrategy):
     """
 
     def __init__(self, **kwargs):
-        device = get_device()
+        on_cpu = get_device() == 'cpu'
         # On a CPU, offloading copies nothing: all tensors would be views of one buffer that torch uses again and again.
-        where = dict(offload_to_cpu=device != 'cpu', rank0_only=True)
+        where = dict(offload_to_cpu=not on_cpu, rank0_only=True)
         kwargs = {
             'model_wrapper': dict(
                 type='MMFullyShardedDataParallel',
                 use_orig_params=True,  # whose names and settings of weight decay are the config's
                 auto_wrap_policy='is_inceptionnext_block',
-                device_id='cpu' if device == 'cpu' else int(os.environ['LOCAL_RANK']),
+                **(dict(device_id='cpu') if on_cpu else {}),
             ),
             'state_dict_cfg': dict(
                 state_dict_type='FULL_STATE_DICT',
