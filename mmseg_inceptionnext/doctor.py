@@ -209,8 +209,8 @@ def _stack(env: Environment) -> Iterator[Finding]:
     upstream = env.installed(('mmengine', 'mmcv'))
     if upstream and not env.has('setuptools', below='81'):
         yield Finding(
-            f'upstream {" and ".join(upstream)} need pkg_resources, which came with setuptools below 81: here is '
-            f'{env.versions.get("setuptools", "none")}',
+            f'pkg_resources, which upstream {" and ".join(upstream)} cannot do without, came with setuptools below 81: '
+            f'here is {env.versions.get("setuptools", "none")}',
             "pip install 'setuptools<81'",
         )
     if env.has('mmengine', below='0.10.8') and env.has('torch', '2.6'):
@@ -271,7 +271,8 @@ def _unexplained(env: Environment) -> Iterator[Finding]:
     providers = {'cv2': OPENCV, **STACK}
     for name in IMPORTS:
         if name in env.errors:
-            distribution = next(iter(env.installed(providers.get(name, (name,)))), name)
+            distributions = providers.get(name, (name,))
+            distribution = next(iter(env.installed(distributions)), distributions[0])
             yield Finding(
                 f'{name} cannot be imported: {env.errors[name]}',
                 f'pip install --force-reinstall --no-deps {distribution}',

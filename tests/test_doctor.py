@@ -77,6 +77,11 @@ def test_a_sound_environment_has_no_findings():
             'mmcv cannot be imported: SyntaxError: bad',
             'pip install --force-reinstall --no-deps onedl-mmcv',
         ),
+        (
+            replace(changed(SOUND, ('opencv-python',)), errors={'cv2': "ModuleNotFoundError: No module named 'cv2'"}),
+            "cv2 cannot be imported: ModuleNotFoundError: No module named 'cv2'",
+            'pip install --force-reinstall --no-deps opencv-python',
+        ),
     ],
 )
 def test_a_known_fault_is_named_with_what_mends_it(env, says, command):
