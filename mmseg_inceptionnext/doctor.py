@@ -128,15 +128,15 @@ def read_environment() -> Environment:
         errors[crashed] = f'the import ends Python itself ({end})'
     facts = {key: value for answer in answers if 'name' not in answer for key, value in answer.items()}
     return Environment(
-        platform.python_version(),
-        versions,
-        errors,
-        tuple(name for name, answer in tried.items() if _NUMPY_1 in answer['said'] + answer['error']),
-        _has_compiled_ops(),
-        facts.get('cuda'),
-        _driver(),
-        tuple(facts.get('gpus', ())),
-        facts.get('bf16', False),
+        python=platform.python_version(),
+        versions=versions,
+        errors=errors,
+        numpy_1=tuple(name for name, answer in tried.items() if _NUMPY_1 in answer['said'] + answer['error']),
+        mmcv_ops=_has_compiled_ops(),
+        cuda=facts.get('cuda'),
+        driver=_driver(),
+        gpus=tuple(facts.get('gpus', ())),
+        bf16=facts.get('bf16', False),
     )
 
 
@@ -151,32 +151,22 @@ def findings(env: Environment) -> list[Finding]:
 def _python_and_torch(env: Environment) -> Iterator[Finding]:
     if _number(env.python) < (3, 10):
         yield Finding(
-            f'Python {env.python} is too old: 3.10 is the least', 'python3.11 -m venv .venv && .venv/bin/pip install .'
+            f'Python {env.python} is too old: 3.10 is the least. Install into a newer one', 'python3.11 -m venv .venv'
         )
     for name, least in (('torch', '2.6'), ('timm', '1.0')):
         if not env.has(name, least):
             what = f'{name} {env.versions[name]} is too old' if name in env.versions else f'{name} is missing'
             yield Finding(f'{what}: {least} is the least', f"pip install --upgrade '{name}>={least}'")
-    if env.has('torch') and (torchvision := _torchvision_mismatch(env)):
-        torch = env.versions['torch'].partition('+')[0]
-        yield Finding(
-            f'{torchvision} does not match torch {env.versions["torch"]}: its operators are not registered '
-            '(torchvision::nms does not exist)',
-            f'pip install --force-reinstall torch=={torch} torchvision',
-        )
-
-
-def _torchvision_mismatch(env: Environment) -> str:
-    """What torchvision is called where it was not built for this torch, or an empty string.
-
-    torch 2.N goes with torchvision 0.(N + 15).
-    """
-    if 'torchvision' not in env.versions:
-        return ''
-    torch, torchvision = (_number(env.versions[name]) for name in ('torch', 'torchvision'))
-    pair = torch[0] == 2 and torchvision[:2] != (0, torch[1] + 15)
-    nms = any('torchvision::nms' in error for error in env.errors.values())
-    return f'torchvision {env.versions["torchvision"]}' if pair or nms else ''
+    if 'torch' in env.versions and 'torchvision' in env.versions:
+        torch, torchvision = (env.versions[name] for name in ('torch', 'torchvision'))
+        release = _number(torch)
+        unlike = release[0] == 2 and _number(torchvision)[:2] != (0, release[1] + 15)  # 2.6 goes with 0.21
+        if unlike or any('torchvision::nms' in error for error in env.errors.values()):
+            yield Finding(
+                f'torchvision {torchvision} does not match torch {torch}: its operators are not registered '
+                '(torchvision::nms does not exist)',
+                f'pip install --force-reinstall torch=={torch.partition("+")[0]} torchvision',
+            )
 
 
 def _numpy_and_opencv(env: Environment) -> Iterator[Finding]:
@@ -191,7 +181,8 @@ def _numpy_and_opencv(env: Environment) -> Iterator[Finding]:
         first = env.numpy_1[0]
         command = f'pip install --upgrade {upgrades[first]}' if first in upgrades else "pip install 'numpy<2'"
         yield Finding(
-            f'{", ".join(env.numpy_1)} was built for numpy 1 and does not run with numpy {env.versions.get("numpy")}',
+            f'importing {", ".join(env.numpy_1)} meets code that was built for numpy 1, which numpy '
+            f'{env.versions.get("numpy")} does not run',
             command,
         )
 

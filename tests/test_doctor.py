@@ -49,8 +49,16 @@ def test_a_sound_environment_has_no_findings():
             'opencv-python and opencv-python-headless install the same files',
             'pip uninstall -y opencv-python opencv-python-headless && pip install opencv-python',
         ),
-        (replace(SOUND, numpy_1=('cv2',)), 'cv2 was built for numpy 1', 'pip install --upgrade opencv-python'),
-        (replace(SOUND_UPSTREAM, numpy_1=('mmcv',)), 'mmcv was built for numpy 1', "pip install 'numpy<2'"),
+        (
+            replace(SOUND, numpy_1=('cv2',)),
+            'importing cv2 meets code that was built for numpy 1',
+            'pip install --upgrade opencv-python',
+        ),
+        (
+            replace(SOUND_UPSTREAM, numpy_1=('mmcv',)),
+            'importing mmcv meets code that was built for numpy 1',
+            "pip install 'numpy<2'",
+        ),
         (changed(SOUND, ('onedl-mmcv',)), 'mmcv is missing', 'pip install onedl-mmcv'),
         (
             changed(SOUND, mmcv='2.3.0', setuptools='80.0'),
