@@ -34,7 +34,7 @@ def command(tool: str) -> str:
     """
     if 'mmseg_inceptionnext' in sys.orig_argv:
         return f'python -m mmseg_inceptionnext {SHORT_NAMES.get(tool, tool)}'
-    return shlex.join(['python', str(Path(sys.argv[0]).with_name(f'{tool}.py'))])
+    return shlex.join(['python', str(Path(sys.argv[0]).absolute().with_name(f'{tool}.py'))])
 
 
 class CfgOptions(DictAction):

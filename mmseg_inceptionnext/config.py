@@ -61,7 +61,10 @@ def find_config(path: str | Path) -> Path:
 
 
 def shipped(folder: str) -> Path:
-    """Where ``configs`` or ``tools`` are: in a wheel inside the package; in a checkout beside it."""
+    """Where ``configs`` or ``tools`` are: in a wheel inside the package; in a checkout beside it.
+
+    There, too, ``.mim`` leads to them, by links; but some file systems and archives do not keep links.
+    """
     package = Path(__file__).parent
     inside = package / '.mim' / folder
     return inside.resolve() if inside.is_dir() else package.parent / folder

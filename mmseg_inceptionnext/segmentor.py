@@ -240,6 +240,11 @@ def load_trained(
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
+    """The device of a name; without one a GPU if there is one.
+
+    Raises:
+        UserError: it cannot be used here.
+    """
     try:
         device = torch.device(name if name is not None else get_device())
         torch.zeros(1, device=device).cpu()
