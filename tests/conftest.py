@@ -18,6 +18,7 @@ from mmseg_inceptionnext.training.train import train
 
 ROOT = Path(__file__).parents[1]
 TINY_CONFIG = ROOT / 'tests' / 'configs' / 'fpn_tiny.py'
+TINY_UPERNET = ROOT / 'tests' / 'configs' / 'upernet_tiny.py'
 
 
 @pytest.fixture(autouse=True)
