@@ -6,6 +6,7 @@ import argparse
 import gc
 import logging
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -17,6 +18,25 @@ from mmengine.config import DictAction
 
 from mmseg_inceptionnext.errors import UserError, one_line
 from mmseg_inceptionnext.files import FULL_DISK
+
+# What `python -m mmseg_inceptionnext` calls those tools that it does not call by the name of their file.
+SHORT_NAMES = {
+    'check_dataset': 'check',
+    'compare_reports': 'compare',
+    'get_flops': 'flops',
+    'make_mini_ade20k': 'mini-ade20k',
+}
+
+
+def command(tool: str) -> str:
+    """What calls a tool the way that the running one was called, to be printed and copied.
+
+    Args:
+        tool: Name of its file, without the ending.
+    """
+    if 'mmseg_inceptionnext' in sys.orig_argv:
+        return f'python -m mmseg_inceptionnext {SHORT_NAMES.get(tool, tool)}'
+    return shlex.join(['python', str(Path(sys.argv[0]).absolute().with_name(f'{tool}.py'))])
 
 
 class CfgOptions(DictAction):

@@ -47,9 +47,9 @@ def find_config(path: str | Path) -> Path:
     if path.is_file():
         return path
     wanted = Path(str(path).removesuffix('.py')).parts
-    root = _shipped_configs()
-    shipped = sorted(p for p in root.rglob('*.py') if '_base_' not in p.parts)
-    found = [p for p in shipped if p.relative_to(root).with_suffix('').parts[-len(wanted) :] == wanted]
+    root = shipped('configs')
+    configs = sorted(p for p in root.rglob('*.py') if '_base_' not in p.parts)
+    found = [p for p in configs if p.relative_to(root).with_suffix('').parts[-len(wanted) :] == wanted]
     if len(found) == 1:
         return found[0]
     if found:
@@ -60,11 +60,14 @@ def find_config(path: str | Path) -> Path:
     )
 
 
-def _shipped_configs() -> Path:
-    """In a wheel the configs are inside the package; in a checkout beside it."""
+def shipped(folder: str) -> Path:
+    """Where ``configs`` or ``tools`` are: in a wheel inside the package; in a checkout beside it.
+
+    There, too, ``.mim`` leads to them, by links; but some file systems and archives do not keep links.
+    """
     package = Path(__file__).parent
-    inside = package / '.mim' / 'configs'
-    return inside if inside.is_dir() else package.parent / 'configs'
+    inside = package / '.mim' / folder
+    return inside.resolve() if inside.is_dir() else package.parent / folder
 
 
 def require(cfg: Config, *keys: str) -> None:

@@ -135,7 +135,7 @@ class Segmentor:
         if checkpoint is None:
             self._open_onnx(config, device, classes)
             return
-        self.device = _device(device)
+        self.device = find_device(device)
         cfg, model, self.classes = load_trained(config, checkpoint, classes)
         model = model.to(self.device)
         self._model = optimize_for_inference(model) if fast and isinstance(model, EncoderDecoder) else model
@@ -145,7 +145,7 @@ class Segmentor:
                    classes: str | Path | None) -> None:  # fmt: skip
         if isinstance(path, Config) or not is_onnx(path):
             raise UserError('a config needs a checkpoint of a segmentor trained with it; an .onnx file stands for both')
-        if device is not None and _device(device).type != 'cpu':
+        if device is not None and find_device(device).type != 'cpu':
             raise UserError(f'--device {device}: .onnx files run on the CPU here: leave it out')
         init_default_scope('mmseg')
         self.device = torch.device('cpu')
@@ -239,7 +239,12 @@ def load_trained(
     return cfg, model.eval(), found
 
 
-def _device(name: str | torch.device | None) -> torch.device:
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The device of a name; without one a GPU if there is one.
+
+    Raises:
+        UserError: it cannot be used here.
+    """
     try:
         device = torch.device(name if name is not None else get_device())
         torch.zeros(1, device=device).cpu()

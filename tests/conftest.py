@@ -18,6 +18,7 @@ from mmseg_inceptionnext.training.train import train
 
 ROOT = Path(__file__).parents[1]
 TINY_CONFIG = ROOT / 'tests' / 'configs' / 'fpn_tiny.py'
+TINY_UPERNET = ROOT / 'tests' / 'configs' / 'upernet_tiny.py'
 
 
 @pytest.fixture(autouse=True)
@@ -74,24 +75,35 @@ def tool(tmp_path):
 
 
 @pytest.fixture
-def tool_here(tmp_path, monkeypatch, capsys):
-    """The same as ``tool`` in this process, which spares the seconds that importing takes; for runs that end early."""
+def run_here(tmp_path, monkeypatch, capsys):
+    """Run what would follow `python` in this process, which spares the seconds that importing takes."""
 
-    def run(name: str, *arguments) -> subprocess.CompletedProcess:
-        script = str(ROOT / 'tools' / f'{name}.py')
+    def run(*arguments) -> subprocess.CompletedProcess:
+        arguments = list(map(str, arguments))
+        is_module = arguments[0] == '-m'
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, 'argv', [script, *map(str, arguments)])
+        monkeypatch.setattr(sys, 'orig_argv', [sys.executable, *arguments])
+        monkeypatch.setattr(sys, 'argv', arguments[is_module:])
         # Two runs in the same second share mmengine's logger, whose stream may be that of a test before.
         monkeypatch.setattr(logging, 'raiseExceptions', False)
         try:
-            runpy.run_path(script, run_name='__main__')
+            if is_module:
+                runpy.run_module(arguments[1], run_name='__main__')
+            else:
+                runpy.run_path(arguments[0], run_name='__main__')
             code = 0
         except SystemExit as end:
             code = end.code
         captured = capsys.readouterr()
-        return subprocess.CompletedProcess(sys.argv, code, captured.out, captured.err)
+        return subprocess.CompletedProcess(arguments, code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def tool_here(run_here):
+    """The same as ``tool`` in this process; for runs that end early."""
+    return lambda name, *arguments: run_here(ROOT / 'tools' / f'{name}.py', *arguments)
 
 
 def assert_user_error(process: subprocess.CompletedProcess, *parts: str) -> None:

@@ -90,6 +90,9 @@ def test_a_shape_that_does_not_fit(shape, fitting):
 def test_rows_are_found_by_the_path_of_the_config(tmp_path):
     assert paper_row(ROOT / 'configs/upernet/inceptionnext_t.py').name == 'InceptionNeXt-T'
     assert paper_row('configs/baselines/fpn/pvt_l.py').macs == 80
+    assert paper_row('upernet/inceptionnext_t').name == 'InceptionNeXt-T'
+    (tmp_path / 'upernet').mkdir()
+    (tmp_path / 'upernet/inceptionnext_t.py').touch()
     assert paper_row(tmp_path / 'upernet/inceptionnext_t.py') is None
     assert paper_row(ROOT / 'configs/mini/fpn_inceptionnext_a.py') is None
 

@@ -118,7 +118,7 @@ def test_table_and_plot(tmp_path):
     plot_tradeoff(rows, tmp_path / 'plot.png')
     assert (tmp_path / 'plot.png').stat().st_size > 10000
     with pytest.raises(UserError, match='none of the configs stands in the paper'):
-        plot_tradeoff([speed('mine.py', 1.0)], tmp_path / 'plot.png')
+        plot_tradeoff([speed('mini/fpn_inceptionnext_a', 1.0)], tmp_path / 'plot.png')
     with pytest.raises(UserError, match='plot.xyz'):
         plot_tradeoff(rows, tmp_path / 'plot.xyz')
 

@@ -193,9 +193,11 @@ def test_make_mini_ade20k(tool, tmp_path):
 
 
 @pytest.mark.parametrize('name', sorted(path.stem for path in (ROOT / 'tools').glob('*.py')))
-def test_help_is_clean(tool, name):
-    process = tool(name, '--help')
-    assert process.returncode == 0 and process.stdout.startswith('usage:') and process.stderr == ''
+def test_help_is_clean_and_says_how_to_call_it(tool_here, name):
+    process = tool_here(name, '--help')
+    assert process.returncode == 0 and process.stderr == ''
+    script = ROOT / 'tools' / f'{name}.py'
+    assert process.stdout.startswith('usage: python ') and (f'python {script} ' in process.stdout or name == 'doctor')
 
 
 def test_get_flops(tool, tmp_path):

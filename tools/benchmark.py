@@ -7,14 +7,14 @@ import json
 from rich.console import Console
 from rich.progress import track
 
-from mmseg_inceptionnext.command_line import fail, output_file, run
+from mmseg_inceptionnext.command_line import command, fail, output_file, run
 from mmseg_inceptionnext.measure.speed import LAYOUTS, PRECISIONS, TASKS, Setting, measure_speed
 from mmseg_inceptionnext.measure.tables import speed_table
 from mmseg_inceptionnext.report.tradeoff import plot_tradeoff
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog=command('benchmark'), description=__doc__)
     parser.add_argument('config', nargs='+', help='config files')
     parser.add_argument('--checkpoint', nargs='+', default=(), metavar='C', help='one for each config (random weights)')
     parser.add_argument('--task', choices=TASKS, default='fps', help='predict, training step, or backbone alone (fps)')

@@ -10,13 +10,13 @@ import sys
 from rich.console import Console
 from rich.progress import track
 
-from mmseg_inceptionnext.command_line import CfgOptions, output_file, positive_int, run
+from mmseg_inceptionnext.command_line import CfgOptions, command, output_file, positive_int, run
 from mmseg_inceptionnext.config import override, read_config
 from mmseg_inceptionnext.data.inspection import inspect_data, summary
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog=command('check_dataset'), description=__doc__)
     parser.add_argument('config', help='config file, or the name of a shipped one')
     parser.add_argument('--data-root', metavar='D', help='root of the data set of every dataloader')
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()

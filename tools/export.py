@@ -3,7 +3,7 @@
 import argparse
 
 from mmseg_inceptionnext.checkpoints import trusting_checkpoints
-from mmseg_inceptionnext.command_line import add_trust_option, output_file, run
+from mmseg_inceptionnext.command_line import add_trust_option, command, output_file, run
 from mmseg_inceptionnext.export import TOLERANCES, export
 from mmseg_inceptionnext.onnx_model import DTYPES
 
@@ -15,7 +15,7 @@ def whole_number(text: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog=command('export'), description=__doc__)
     parser.add_argument('config', help='config file, or the name of a shipped one')
     parser.add_argument('checkpoint', help='checkpoint of a segmentor trained with it')
     parser.add_argument('--out', metavar='FILE', type=output_file, required=True, help='.onnx or .pt2')

@@ -4,13 +4,13 @@ import argparse
 import dataclasses
 import json
 
-from mmseg_inceptionnext.command_line import each, fail, output_file, run
+from mmseg_inceptionnext.command_line import command, each, fail, output_file, run
 from mmseg_inceptionnext.measure.complexity import measure_complexity
 from mmseg_inceptionnext.measure.tables import complexity_table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog=command('get_flops'), description=__doc__)
     parser.add_argument('config', nargs='+', help='config files')
     parser.add_argument(
         '--shape', nargs=2, type=int, metavar=('H', 'W'), help='size of the image (512 2048 for UperNet, else 512 512)'

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmseg_inceptionnext.checkpoints import trusting_checkpoints
-from mmseg_inceptionnext.command_line import add_trust_option, fail, output_folder, positive_int, run
+from mmseg_inceptionnext.command_line import add_trust_option, command, fail, output_folder, positive_int, run
 from mmseg_inceptionnext.onnx_model import is_onnx
 from mmseg_inceptionnext.predict import Output, count_images, find_sources, predict
 from mmseg_inceptionnext.segmentor import Segmentor
@@ -23,7 +23,9 @@ def share(text: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, usage='%(prog)s (CONFIG CHECKPOINT | MODEL.onnx) INPUT … --out DIR [options]'
+        prog=command('predict'),
+        description=__doc__,
+        usage='%(prog)s (CONFIG CHECKPOINT | MODEL.onnx) INPUT … --out DIR [options]',
     )
     parser.add_argument('config', help='config file, or the name of a shipped one')
     parser.add_argument('checkpoint', help='checkpoint of a segmentor trained with it')

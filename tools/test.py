@@ -9,6 +9,7 @@ from mmseg_inceptionnext.checkpoints import trusting_checkpoints
 from mmseg_inceptionnext.command_line import (
     add_config_options,
     add_trust_option,
+    command,
     output_file,
     output_folder,
     positive_int,
@@ -20,7 +21,7 @@ from mmseg_inceptionnext.report.confusion import HEADLINE
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog=command('test'), description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint of a segmentor trained with it')
     add_config_options(parser)

@@ -3,18 +3,17 @@
 import argparse
 import shlex
 import sys
-from pathlib import Path
 
 from mmengine.dist import is_main_process
 
 from mmseg_inceptionnext.checkpoints import trusting_checkpoints
-from mmseg_inceptionnext.command_line import add_config_options, add_trust_option, run
+from mmseg_inceptionnext.command_line import add_config_options, add_trust_option, command, run
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.training.train import plan, summary, train
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog=command('train'), description=__doc__)
     parser.add_argument('config', help='config file')
     add_config_options(parser)
     parser.add_argument(
@@ -56,7 +55,7 @@ def main() -> None:
             return
         runner = train(cfg, **options)
     if is_main_process():
-        go_on = command_to_resume(sys.argv) if args.launcher == 'none' else 'the same command with --resume'
+        go_on = command_to_resume(sys.orig_argv[1:]) if args.launcher == 'none' else 'the same command with --resume'
         report(summary(runner), go_on)
 
 
@@ -71,8 +70,8 @@ def report(end: dict, go_on: str) -> None:
         print(f'Stopped by {end["stopped_by"]} after iteration {end["done"]}. Go on: {go_on}')
         return
     figure = f'mIoU {end["best"]:.2f} at iteration' if end['best'] is not None else 'Last iteration'
-    test = [Path(__file__).with_name('test.py'), end['config'], end['checkpoint']]
-    print(f'{figure} {end["iteration"]}. Test it: {shlex.join(["python", *map(str, test)])}')
+    test = f'{command("test")} {shlex.join([str(end["config"]), str(end["checkpoint"])])}'
+    print(f'{figure} {end["iteration"]}. Test it: {test}')
 
 
 def command_to_resume(arguments: list[str]) -> str:

@@ -19,7 +19,7 @@ from mmseg_inceptionnext.errors import BadSample, UserError
 
 _HOW_TO_GET = (
     'pass --data-root, or unpack ADEChallengeData2016.zip (http://sceneparsing.csail.mit.edu) there; '
-    'tools/make_mini_ade20k.py makes a small data set to try'
+    '`python -m mmseg_inceptionnext mini-ade20k --out DIR` makes a small data set to try'
 )
 
 # LoadAnnotations squeezes what it reads.

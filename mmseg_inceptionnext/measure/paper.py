@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from mmseg_inceptionnext.config import find_config
+
 
 class Row(NamedTuple):
     """One row of a table."""
@@ -52,7 +54,11 @@ TABLE_7 = {
 
 
 def paper_row(config: str | Path) -> Row | None:
-    """The row that a config stands for, by its path below ``configs``; None for a config of no table."""
-    parts = Path(config).absolute().with_suffix('').parts
+    """The row that a config stands for, by its path below ``configs``; None for a config of no table.
+
+    Raises:
+        UserError: there is no such config.
+    """
+    parts = find_config(config).absolute().with_suffix('').parts
     key = '/'.join(parts[len(parts) - parts[::-1].index('configs') :]) if 'configs' in parts else ''
     return (TABLE_6 | TABLE_7).get(key)

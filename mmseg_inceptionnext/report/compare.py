@@ -51,7 +51,9 @@ def read_report(path: str | Path) -> dict:
         if not all(isinstance(name, str) for name in names):
             raise TypeError('a path is not a text')
     except OSError as error:
-        raise UserError(f'no report at {file} ({error.strerror}): tools/test.py --report {path} writes one') from error
+        raise UserError(
+            f'no report at {file} ({error.strerror}): `python -m mmseg_inceptionnext test … --report {path}` writes one'
+        ) from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f'{file} is not a report of tools/test.py --report: {type(error).__name__}: {error}') from error
     return report

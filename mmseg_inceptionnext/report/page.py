@@ -128,7 +128,7 @@ def choose_images(ranked: Sequence[EvaluatedImage], number: int) -> dict[str, Se
 def _run(checkpoint: str | Path) -> dict:
     modules = {'torch': torch, 'timm': timm, 'mmengine': mmengine, 'mmcv': mmcv, 'mmsegmentation': mmseg}
     return {
-        'command': shlex.join([Path(sys.executable).name, *sys.argv]),
+        'command': shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         'checkpoint': str(checkpoint),
         'sha256': hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
         'date': datetime.now().astimezone().isoformat(timespec='seconds'),
