@@ -11,6 +11,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper
 from mmseg.registry import HOOKS
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.training.stop_signal import any_process
@@ -21,7 +22,8 @@ class StopOnNonFiniteLossHook(Hook):
     """Check every loss between the forward and the backward pass.
 
     The hook sits on the model's forward, the last place where the weights are still those of the iteration before;
-    the running statistics, which have seen the batch by then, are put back. Where the run stops, that is saved.
+    the running statistics, which have seen the batch by then, are put back. Where the run stops, that is saved, but for
+    weights that are divided among processes.
 
     Args:
         in_a_row: Stop after so many iterations whose loss is not finite; the optimizer leaves out those before.
@@ -96,7 +98,9 @@ class StopOnNonFiniteLossHook(Hook):
         everywhere = all_gather_object((_named(bad), self._images) if bad else None)
         losses, images = zip(*filter(None, everywhere), strict=True)
         self._put_back_buffers()
-        sound = all(torch.isfinite(value).all() for value in model.state_dict().values())
+        # Of weights that are divided among processes nobody has the whole, until the backward pass is over.
+        whole = not isinstance(runner.model, FullyShardedDataParallel)
+        sound = whole and all(torch.isfinite(value).all() for value in model.state_dict().values())
         kept = runner.save_now(runner.iter) if sound else runner.last_checkpoint
         times = f', {self._seen} times in a row' if self._seen > 1 else ''
         raise UserError(
