@@ -21,7 +21,7 @@ from mmseg_inceptionnext.training.train import train
 # Without dropout and stochastic depth, of which every process draws its own.
 RECORDED = """
 _base_ = {base!r}
-custom_imports = dict(imports=['mmseg_inceptionnext', 'recording_hook'], allow_failed_imports=False)
+custom_imports = dict(imports=['mmseg_inceptionnext', 'process_hooks'], allow_failed_imports=False)
 custom_hooks = [dict(type='RecordingHook', folder={folder!r})]
 model = dict(backbone=dict(drop_path_rate=0.0), decode_head=dict(dropout_ratio=0.0))
 # AdamW divides by the size of a gradient: it makes a whole step of the rounding errors of one that is zero.
@@ -34,7 +34,7 @@ test_dataloader = dict(dataset=dict(
 
 @pytest.fixture
 def recorded(tmp_path, monkeypatch):
-    """Write TINY_CONFIG with a :class:`recording_hook.RecordingHook`."""
+    """Write TINY_CONFIG with a :class:`process_hooks.RecordingHook`."""
     monkeypatch.syspath_prepend(str(ROOT / 'tests'))
 
     def write(name: str) -> Path:
@@ -217,6 +217,22 @@ def test_fsdp_trains_as_ddp_and_their_checkpoints_are_the_same(two, tmp_path):
         assert 'resumed epoch: 0, iter: 9' in process.stdout
         assert_same_weights(tmp_path / f'then_{strategy}', tmp_path / 'ddp')
     assert two('test', TINY_CONFIG, tmp_path / 'fsdp' / 'iter_12.pth', '--work-dir', 'test').returncode == 0
+
+
+@pytest.mark.slow
+def test_fsdp_stops_at_a_loss_that_is_not_finite_with_the_last_checkpoint(two, tmp_path):
+    """In one process of two, between two checkpoints, where nobody has all the weights."""
+    config = tmp_path / 'spoilt.py'
+    config.write_text(f"""
+_base_ = {str(TINY_CONFIG)!r}
+custom_imports = dict(imports=['mmseg_inceptionnext', 'process_hooks'], allow_failed_imports=False)
+custom_hooks = [dict(type='StopOnNonFiniteLossHook'), dict(type='SpoilLossHook', rank=1, iteration=5)]
+""")
+    process = two('train', config, '--weights', 'none', '--work-dir', 'work', '--strategy', 'fsdp')
+    assert process.returncode == 1
+    assert re.search(
+        r'error: the loss is not finite at iteration 5 .*; the last checkpoint is .*iter_3\.pth', process.stderr
+    )
 
 
 def test_fsdp_needs_several_processes(tool_here, mini_root):

@@ -1,4 +1,4 @@
-"""A hook for runs in processes of their own: what a test wants to know of each of them."""
+"""Hooks for runs in processes of their own: what a test wants to know of each of them, or do to them."""
 
 import json
 import os
@@ -48,3 +48,15 @@ class RecordingHook(Hook):
         self.path.mkdir(exist_ok=True)
         record = dict(losses=self.losses, written=sorted(_written))
         (self.path / f'{get_rank()}.json').write_text(json.dumps(record))
+
+
+@HOOKS.register_module()
+class SpoilLossHook(Hook):
+    """Makes the losses of one process NaN from an iteration on, the first being 1."""
+
+    def __init__(self, rank: int, iteration: int):
+        self.rank, self.iteration = rank, iteration
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        if get_rank() == self.rank and runner.iter + 1 == self.iteration:
+            runner.model.module.decode_head.loss_decode.loss_weight = float('nan')
