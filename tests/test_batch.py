@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY_UPERNET
 from mmengine.config import Config
 
 from mmseg_inceptionnext import UserError
 from mmseg_inceptionnext.checkpoints import read_checkpoint
+from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.training.batch import effective_batch, use_auto_batch
 from mmseg_inceptionnext.training.train import train
 
@@ -97,3 +99,10 @@ def test_accumulated_gradients_train_as_the_whole_batch_does(tiny_cfg, tmp_path)
     train(resumed, resume=str(tmp_path / 'parts' / 'iter_2.pth'), auto_batch=True)
     again = read_checkpoint(tmp_path / 'parts' / 'iter_4.pth')['state_dict']
     assert [key for key in parts if not torch.equal(parts[key], again[key])] == []
+
+
+def test_a_batch_norm_without_statistics_is_said_in_a_line(tmp_path, mini_root):
+    """UperNet pools to 1×1, and one image then has one value a channel."""
+    cfg = load_config(TINY_UPERNET, tmp_path, mini_root, cfg_options={'train_dataloader.batch_size': 1})
+    with pytest.raises(UserError, match='set train_dataloader.batch_size to 2 or more'):
+        train(cfg, weights='none')

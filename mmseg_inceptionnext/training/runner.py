@@ -63,7 +63,7 @@ class Safety:
 
         Raises:
             UserError: a file of the data set cannot be used, a data-loading worker has died, or another process of the
-                run.
+                run; or a batch norm has a single value.
         """
         try:
             with self.stop_signal, self.noticing_dead_processes():
@@ -72,6 +72,13 @@ class Safety:
             # Data are fetched between iterations, by all processes together: the weights are those of a whole one.
             kept = self.save_now(self.iter)
             raise UserError(f'{one_line(error)}; {kept}: mend that, then --resume') from error
+        except ValueError as error:
+            if 'more than 1 value per channel' not in str(error):  # torch's batch norms
+                raise
+            raise UserError(
+                'a head pools the one image of a process to 1×1, of which a batch norm has no statistics: '
+                'set train_dataloader.batch_size to 2 or more; several GPUs (SyncBN) can do with one image each'
+            ) from error
 
     def test(self) -> dict:
         """Run the test loop; a data-loading worker that dies is a UserError that names its file."""
