@@ -22,4 +22,4 @@ srun --partition="$PARTITION" \
     --cpus-per-task="${CPUS_PER_TASK:-5}" \
     --kill-on-bad-exit=1 \
     ${SRUN_ARGS:-} \
-    python -u "$(dirname "$0")/test.py" "$CONFIG" "$CHECKPOINT" --launcher slurm "${@:5}"
+    python -u "$(dirname "$(readlink -f "$0")")/test.py" "$CONFIG" "$CHECKPOINT" --launcher slurm "${@:5}"

@@ -22,4 +22,4 @@ srun --partition="$PARTITION" \
     --kill-on-bad-exit=1 \
     --signal=USR1@120 \
     ${SRUN_ARGS:-} \
-    python -u "$(dirname "$0")/train.py" "$CONFIG" --launcher slurm "${@:4}"
+    python -u "$(dirname "$(readlink -f "$0")")/train.py" "$CONFIG" --launcher slurm "${@:4}"

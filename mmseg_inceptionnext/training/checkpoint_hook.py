@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from numbers import Real
 from pathlib import Path
@@ -12,6 +13,7 @@ from mmseg.registry import HOOKS
 
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.files import remove_partial_files, whole_file
+from mmseg_inceptionnext.training.stop_signal import any_process
 
 
 @HOOKS.register_module()
@@ -76,6 +78,7 @@ class SafeCheckpointHook(CheckpointHook):
         if self.max_keep_ckpts > 0:
             ids = [*(i for i in self.keep_ckpt_ids if i != step), step]
             hub.update_info('keep_ckpt_ids', ids[-self.max_keep_ckpts :])
+        failure = None
         try:
             runner.save_checkpoint(
                 self.out_dir, self.filename_tmpl.format(step), self.file_client_args, self.save_optimizer,
@@ -85,10 +88,13 @@ class SafeCheckpointHook(CheckpointHook):
                 with whole_file(Path(runner.work_dir, 'last_checkpoint'), durable=True) as partial:
                     partial.write_text(path)
         except OSError as error:
+            failure = error
+        # All of them know, and try again together: under FSDP each has a part of what is written.
+        if any_process(failure is not None):
             _restore(hub, before)
-            self._unsaved = error
+            self._unsaved = failure or OSError(errno.EIO, 'in another process')
             runner.logger.error(
-                f'{path} cannot be written ({error.strerror}); {runner.last_checkpoint}. '
+                f'{path} cannot be written ({self._unsaved.strerror}); {runner.last_checkpoint}. '
                 'The next attempt is at the next interval'
             )
             return
@@ -104,11 +110,14 @@ class SafeCheckpointHook(CheckpointHook):
             return
         hub, before = runner.message_hub, dict(runner.message_hub.runtime_info)
         self.best_ckpt_path, self.best_ckpt_path_dict = None, dict.fromkeys(self.key_indicators)
+        reason = ''
         try:
             super()._save_best_checkpoint(runner, metrics)
         except OSError as error:
+            reason = error.strerror
+        if any_process(bool(reason)):
             _restore(hub, before)
-            runner.logger.error(f'the best checkpoint so far cannot be written ({error.strerror}): it is lost')
+            runner.logger.error(f'the best checkpoint so far cannot be written ({reason}): it is lost')
         self._take_best(runner)
         for key, path in before.items():
             if key.startswith('best_ckpt') and path not in self.best_ckpt_path_dict.values():

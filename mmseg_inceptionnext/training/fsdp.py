@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmengine._strategy.fsdp import FSDPStrategy
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.optim import BaseOptimWrapper
 from mmengine.registry import FUNCTIONS, STRATEGIES
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -19,12 +20,18 @@ def use_fsdp(cfg: Config) -> None:
     """Change a config, in place, so that :class:`SafeFlexibleRunner` runs it and its processes share one model.
 
     Raises:
-        UserError: the run has one process, or its processes were not started by torchrun or srun.
+        UserError: the run has one process, its processes were not started by torchrun or srun, or the config asks for
+            something that mmengine does otherwise under FSDP.
     """
     if world_size(cfg) == 1:
         raise UserError('--strategy fsdp divides the model among several processes: start them, see docs/scaling.md')
     if cfg.launcher == 'mpi':  # LOCAL_RANK, which mmengine's strategies ask for, is not set
         raise UserError('--strategy fsdp runs under --launcher pytorch or slurm, not mpi: start it by one of them')
+    if cfg.optim_wrapper.get('clip_grad'):  # by the norm of each process's share
+        raise UserError('--strategy fsdp cannot clip gradients as the config asks: drop optim_wrapper.clip_grad')
+    if cfg.optim_wrapper.get('constructor') or 'flat_decay_mult' in (cfg.optim_wrapper.get('paramwise_cfg') or {}):
+        # Shares have one dimension, and names of their own.
+        raise UserError('--strategy fsdp: optim_wrapper.constructor and flat_decay_mult would see shares of parameters')
     cfg.strategy = dict(type='ShardedStrategy')
 
 
@@ -65,6 +72,22 @@ class ShardedStrategy(FSDPStrategy):
             **kwargs,
         }
         super().__init__(**kwargs)
+
+    def build_optim_wrapper(self, optim_wrapper: dict, model: nn.Module) -> BaseOptimWrapper:
+        """mmengine's, if the names that FSDP gives parameters match the same ``custom_keys`` as those of the config.
+
+        Raises:
+            UserError: one of them does not.
+        """
+        keys = (optim_wrapper.get('paramwise_cfg') or {}).get('custom_keys', ())
+        for name, _ in model.named_parameters():
+            for key in keys:
+                if (key in name) != (key in name.replace('_fsdp_wrapped_module.', '')):
+                    raise UserError(
+                        f'--strategy fsdp: optim_wrapper.paramwise_cfg.custom_keys {key!r} reaches into a block, where '
+                        "mmengine does not find it: name what is behind the block's number"
+                    )
+        return super().build_optim_wrapper(optim_wrapper, model)
 
     def model_state_dict(self) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in super().model_state_dict().items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mmengine.dist import get_world_size
 from mmengine.runner import ValLoop
@@ -32,10 +34,8 @@ class TolerantValLoop(ValLoop):
         runner.call_hook('before_val')
         runner.call_hook('before_val_epoch')
         runner.model.eval()
-        reason = self._failure()
-        # Together, so that none waits for the results of another.
-        if any_process(bool(reason)):
-            self._give_up(reason or 'it failed in another process')
+        if reason := self._failure():
+            self._give_up(reason)
             return {}
         try:
             metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
@@ -49,18 +49,33 @@ class TolerantValLoop(ValLoop):
         return metrics
 
     def _failure(self) -> str:
-        """Predict all images; what went wrong, or an empty string."""
+        """Predict all images; what went wrong in one of the processes, or an empty string."""
+        reasons: list[str] = []
+        batches = None
+        for index in range(len(self.dataloader)):
+            with self._noting(reasons):
+                batches = batches or iter(self.dataloader)
+                batch = next(batches)
+            if signal := self.runner.stop_signal.received:
+                reasons.append(signal.name)
+            # Before each forward pass, for which FSDP needs all processes.
+            if any_process(bool(reasons)):
+                break
+            with self._noting(reasons):
+                self.run_iter(index, batch)
+        if any_process(bool(reasons)):
+            return reasons[0] if reasons else 'it failed in another process'
+        return ''
+
+    @contextmanager
+    def _noting(self, reasons: list[str]) -> Iterator[None]:
         try:
             with self.runner.naming_files_of_dead_workers():
-                for index, batch in enumerate(self.dataloader):
-                    if signal := self.runner.stop_signal.received:
-                        return signal.name
-                    self.run_iter(index, batch)
+                yield
         except UserError as error:
-            return one_line(error)
+            reasons.append(one_line(error))
         except Exception:
-            return traceback.format_exc()
-        return ''
+            reasons.append(traceback.format_exc())
 
     def _give_up(self, reason: str) -> None:
         self.failures[self.runner.iter] = reason

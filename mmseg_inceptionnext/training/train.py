@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.dist import is_main_process
+from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from mmengine.registry import init_default_scope
@@ -19,7 +19,7 @@ from mmengine.runner import ValLoop
 from mmseg.registry import HOOKS, LOOPS, MODELS
 
 from mmseg_inceptionnext.checkpoints import read_checkpoint
-from mmseg_inceptionnext.config import fit_to_device, require
+from mmseg_inceptionnext.config import fit_to_device, process_number, require
 from mmseg_inceptionnext.data.check import check_data
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
@@ -64,6 +64,7 @@ def train(
     Raises:
         UserError: the data set, the weights or the checkpoint cannot be read or do not fit; or the loss is not finite.
     """
+    resume = _after_restart(cfg, resume)
     runner = _prepare(cfg, weights, resume, amp, seed, auto_batch, skip_bad_images, strategy)(cfg)
     runner.train()
     return runner
@@ -137,8 +138,6 @@ def _prepare(cfg: Config, weights: str | None, resume: str | bool, amp: bool, se
         print_log(warning, logger='current', level=logging.WARNING)
 
     _use_safe_parts(cfg)
-    if _restarted() and _pointer(cfg).is_file():
-        resume = True
     point = find_resume_point(cfg, None if resume is True else resume) if resume else None
     if point is not None:
         return partial(_resumed_runner, point=point)
@@ -147,14 +146,27 @@ def _prepare(cfg: Config, weights: str | None, resume: str | bool, amp: bool, se
     return _new_runner
 
 
-def _restarted() -> bool:
-    """Whether torchrun has started this process again after one of the run had died (``--max-restarts``)."""
-    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+def _after_restart(cfg: Config, resume: str | bool) -> str | bool:
+    """What to go on from where torchrun has started the processes again, after one of them had died.
 
-
-def _pointer(cfg: Config) -> Path:
-    """Names the last checkpoint of the run in a work dir."""
-    return Path(cfg.work_dir, 'last_checkpoint')
+    That is the last checkpoint of this run, if it has come to one; else what was asked for at first. A work dir can
+    hold checkpoints of other runs: this one's are not older than a file that its first start writes.
+    """
+    if 'TORCHELASTIC_RUN_ID' not in os.environ:
+        return resume
+    run, started = os.environ['TORCHELASTIC_RUN_ID'], Path(cfg.work_dir, '.started_by_torchrun')
+    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+        if process_number(cfg.launcher) == 0:
+            started.write_text(run)
+        return resume
+    pointer = Path(cfg.work_dir, 'last_checkpoint')
+    is_own = (
+        started.is_file()
+        and started.read_text() == run
+        and pointer.is_file()
+        and pointer.stat().st_mtime_ns >= started.stat().st_mtime_ns
+    )
+    return is_own or resume
 
 
 def _use_safe_parts(cfg: Config) -> None:
@@ -175,6 +187,17 @@ def _runner(cfg: Config) -> Safety:
     return (SafeFlexibleRunner if cfg.get('strategy') else SafeRunner).from_cfg(cfg)
 
 
+def _agree(runner: Safety, iteration: int | None) -> None:
+    """Make sure that all processes go on from the same checkpoint, or from none."""
+    found = set(all_gather_object(iteration))
+    if len(found) > 1:
+        names = ', '.join(sorted('none' if i is None else f'iteration {i}' for i in found))
+        raise UserError(
+            f'the processes of the run find different checkpoints in {runner.work_dir} ({names}): it must be a folder '
+            'that all machines share; where torchrun changes their number, pass --resume'
+        )
+
+
 def _new_runner(cfg: Config) -> Safety:
     source = cfg.get('load_from')
     if source is not None:
@@ -182,9 +205,9 @@ def _new_runner(cfg: Config) -> Safety:
         cfg.model.backbone.init_cfg = None
         check_fits(MODELS.build(cfg.model), read_checkpoint(source), source, ARCHS)
     runner = _runner(cfg)
-    if is_main_process():  # of another run in this work dir
-        runner.skipped_images.unlink(missing_ok=True)
-        _pointer(cfg).unlink(missing_ok=True)
+    _agree(runner, None)
+    if is_main_process():
+        runner.skipped_images.unlink(missing_ok=True)  # of another run in this work dir
     return runner
 
 
@@ -195,6 +218,7 @@ def _resumed_runner(cfg: Config, point: ResumePoint) -> Safety:
     # mmengine takes the seed over only after the sampler has been built with another one.
     cfg.randomness = {'seed': point.seed, **cfg.get('randomness', {})}
     runner = _runner(cfg)
+    _agree(runner, point.iteration)
     runner.go_on_from(str(point.path))
     for warning in point.warnings:
         runner.logger.warning(warning)
