@@ -108,16 +108,16 @@ def blocks(language: str) -> list[Block]:
 def commands() -> list[Command]:
     found = []
     for block in blocks('bash'):
-        of_paragraph, text = None, ''
+        of_paragraph, text, first = None, '', 0
         for number, line in enumerate(block.text.splitlines(), block.line):
-            text += line
+            first, text = (first, text + line) if text else (number, line)
             if text.endswith('\\'):
                 text = text[:-1]
                 continue
             command, _, comment = text.partition('#') if text.startswith('#') else text.partition(' #')
             mark = next((mark for mark in MARKS if mark in comment), None)
             if command.strip():
-                found.append(Command(block.page, number, ' '.join(command.split()), mark or of_paragraph))
+                found.append(Command(block.page, first, ' '.join(command.split()), mark or of_paragraph))
             else:  # a blank line, or a comment of its own
                 of_paragraph = mark
             text = ''
@@ -319,17 +319,16 @@ def stand_in(word: str) -> str:
     return f'configs/{word}.py' if word in CONFIGS else word
 
 
-def pages_with(kind: str) -> list[Path]:
-    found = {block.page for block in blocks('python')} if kind == 'python' else set()
-    return sorted(found | {c.page for c in commands() if c.is_python and not c.mark})
+def to_run(page: Path) -> list[Command | Block]:
+    """In the order of the page."""
+    found = [c for c in commands() if c.is_python and not c.mark] + blocks('python')
+    return sorted((item for item in found if item.page == page), key=lambda item: item.line)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('page', pages_with('python'), ids=lambda page: page.name)
+@pytest.mark.parametrize('page', filter(to_run, PAGES), ids=lambda page: page.name)
 def test_what_a_page_tells_to_run_runs(page, sandbox, run_here, monkeypatch):
-    todo = [c for c in commands() if c.page == page and c.is_python and not c.mark]
-    todo += [block for block in blocks('python') if block.page == page]
-    for item in sorted(todo, key=lambda item: item.line):
+    for item in to_run(page):
         if isinstance(item, Block):
             monkeypatch.chdir(sandbox)
             code = re.sub(r"'([\w/]+)'", lambda match: repr(stand_in(match[1])), item.text)
@@ -340,8 +339,7 @@ def test_what_a_page_tells_to_run_runs(page, sandbox, run_here, monkeypatch):
         monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(fed)))
         # bash takes the quotes off and puts in what patterns match.
         words = subprocess.check_output(['bash', '-c', f'printf "%s\\0" {command}'], cwd=sandbox, text=True)
-        python, *words = map(stand_in, words.rstrip('\0').split('\0'))
-        process = run_here(*words)
+        process = run_here(*map(stand_in, words.rstrip('\0').split('\0')[1:]))  # without `python`
         assert process.returncode == 0, f'{item}\n{process.stdout[-1000:]}\n{process.stderr[-3000:]}'
 
 
@@ -349,7 +347,10 @@ def test_what_a_page_tells_to_run_runs(page, sandbox, run_here, monkeypatch):
 def test_make_demo(sandbox):
     for name in ('pyproject.toml', 'ready'):  # a set-up environment is newer than what it was made from
         (sandbox / name).touch()
-    variables = dict(BIN=Path(sys.executable).parent, READY='ready', DEMO_CONFIG=TINY_CONFIG, DEMO_OUT='work_dirs/demo')
+    variables = dict(
+        BIN=Path(sys.executable).parent, READY='ready', DEMO_CONFIG='configs/fpn/inceptionnext_t.py',
+        DEMO_DATA='data/ade', DEMO_OUT='work_dirs/demo',
+    )  # fmt: skip
     process = subprocess.run(
         ['make', 'demo', *(f'{key}={value}' for key, value in variables.items())],
         cwd=sandbox, env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True,
