@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
+from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from mmseg_inceptionnext.config import fit_to_device, load_config
@@ -60,6 +62,22 @@ def ade20k_sample() -> Path:
     if not root.is_dir():
         pytest.skip('the two real ADE20K pairs are not beside this checkout')
     return root
+
+
+@pytest.fixture
+def roads(tmp_path) -> Path:
+    """Grey roads on green ground, a few pixels unlabelled."""
+    for split, number in (('training', 4), ('validation', 2)):
+        for i in range(number):
+            labels = np.ones((48, 64), np.uint8)
+            labels[:, 10 + 4 * i : 34 + 4 * i] = 0
+            image = np.where(labels[..., None], (40, 160, 40), (120, 120, 120)).astype(np.uint8)
+            labels[:2] = 255
+            for kind, pixels, suffix in (('images', image, 'jpg'), ('annotations', labels, 'png')):
+                folder = tmp_path / 'roads' / kind / split
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(folder / f'{i}.{suffix}')
+    return tmp_path / 'roads'
 
 
 @pytest.fixture

@@ -5,10 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
 from conftest import ROOT, TINY_CONFIG
-from PIL import Image
 
 
 def run(script: str, *arguments, cwd: Path) -> str:
@@ -16,22 +13,6 @@ def run(script: str, *arguments, cwd: Path) -> str:
     process = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]
     return process.stdout
-
-
-@pytest.fixture
-def roads(tmp_path) -> Path:
-    """Grey roads on green ground, a few pixels unlabelled."""
-    for split, number in (('training', 4), ('validation', 2)):
-        for i in range(number):
-            labels = np.ones((48, 64), np.uint8)
-            labels[:, 10 + 4 * i : 34 + 4 * i] = 0
-            image = np.where(labels[..., None], (40, 160, 40), (120, 120, 120)).astype(np.uint8)
-            labels[:2] = 255
-            for kind, pixels, suffix in (('images', image, 'jpg'), ('annotations', labels, 'png')):
-                folder = tmp_path / 'roads' / kind / split
-                folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(folder / f'{i}.{suffix}')
-    return tmp_path / 'roads'
 
 
 def test_segment_images(trained, mini_root, tmp_path):
