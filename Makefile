@@ -24,9 +24,10 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/pytest
 
-# By hand: with mmengine, mmcv and mmsegmentation of OpenMMLab itself.
+# By hand: with mmengine, mmcv and mmsegmentation of OpenMMLab itself. PYTHONPATH because mmengine 0.10.7 looks for the
+# configs of a package that is installed as editable in site-packages, where they are not.
 test-upstream: $(VENV_UPSTREAM)/.ready
-	OMP_NUM_THREADS=1 $(BIN_UPSTREAM)/pytest -m 'not slow' --numprocesses auto --dist worksteal
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(BIN_UPSTREAM)/pytest -m 'not slow' --numprocesses auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
