@@ -105,6 +105,7 @@ def run(main: Callable[[], None]) -> None:
     """Call a tool's main function; a user's mistake ends in one line on stderr and exit code 2."""
     # The recipes average the loss as mmseg always did, over ignored pixels too, and mmseg advises against it each time.
     warnings.filterwarnings('ignore', message='Default ``avg_non_ignore`` is False')
+    warnings.filterwarnings('ignore', message='``build_loss`` would be deprecated')  # mmseg 1.2.2, of itself
     logging.raiseExceptions = False  # a log that cannot be written is not worth a traceback for each of its lines
     try:
         main()

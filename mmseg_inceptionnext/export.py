@@ -78,8 +78,8 @@ def export(
 
     Raises:
         UserError: a segmentor, or a test pipeline, that cannot be exported; a size that is too small; nothing to
-            compare on; a result that deviates more than :data:`TOLERANCES`; or onnx, onnxscript or onnxruntime is not
-            installed.
+            compare on; a result that deviates more than :data:`TOLERANCES`; onnx, onnxscript or onnxruntime is not
+            installed; or an old torch cannot write it as ONNX.
     """
     out = Path(out)
     if not is_onnx(out) and out.suffix != '.pt2':
@@ -174,9 +174,15 @@ def _write_pt2(program: ExportedProgram, contract: Contract, path: Path) -> Call
 def _write_onnx(program: ExportedProgram, contract: Contract, path: Path) -> Callable[[np.ndarray], np.ndarray]:
     onnx = import_onnx('onnx')
     name = 'labels' if contract.labels else 'logits'
-    model = torch.onnx.export(
-        program, dynamo=True, input_names=['image'], output_names=[name], verbose=False
-    ).model_proto
+    try:
+        model = torch.onnx.export(
+            program, dynamo=True, input_names=['image'], output_names=[name], verbose=False
+        ).model_proto
+    except torch.onnx.OnnxExporterError as error:
+        raise UserError(
+            f'the ONNX exporter of torch {torch.__version__} cannot write this segmentor: take a newer torch '
+            '(2.14 can), or write a .pt2'
+        ) from error
     _name_sizes(model, contract)
     for part in (model.graph, *model.graph.node, *model.functions):
         part.ClearField('doc_string')

@@ -47,7 +47,7 @@ class ExportableSegmentor(nn.Module):
         model = copy.deepcopy(model).eval().requires_grad_(False)
         fold(model)
         preprocessor, self.labels = model.data_preprocessor, labels
-        self.is_bgr = not preprocessor._channel_conversion  # mmseg's pipelines read BGR
+        self.is_bgr = _takes_bgr(preprocessor)
         self.register_buffer('mean', preprocessor.mean if preprocessor._enable_normalize else torch.zeros(3, 1, 1))
         self.register_buffer('std', preprocessor.std if preprocessor._enable_normalize else torch.ones(3, 1, 1))
         self.backbone, self.neck = model.backbone, model.neck if model.with_neck else nn.Identity()
@@ -91,6 +91,16 @@ def _is_plain(module: ConvModule) -> bool:
         and module.with_activation
         and type(module.activate) is nn.ReLU
     )
+
+
+def _takes_bgr(preprocessor: nn.Module) -> bool:
+    """Whether it leaves channels in the order in which mmseg's pipelines read them.
+
+    It is tried on a black and a blue pixel: the attribute that says so has another name in every distribution of mmseg.
+    """
+    pixels = torch.tensor([[0, 255], [0, 0], [0, 0]])[:, None]  # (3, 1, 2)
+    black, blue = preprocessor(dict(inputs=[pixels]))['inputs'][0, 0, 0]
+    return (black != blue).item()
 
 
 class Doubling(nn.Module):

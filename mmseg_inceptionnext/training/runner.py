@@ -21,7 +21,13 @@ from mmseg_inceptionnext.data.guard import CurrentFiles, guard
 from mmseg_inceptionnext.errors import BadSample, UserError, one_line
 from mmseg_inceptionnext.files import FULL_DISK, whole_file
 from mmseg_inceptionnext.training.checkpoint_hook import SafeCheckpointHook
-from mmseg_inceptionnext.training.stop_signal import StopOnSignalHook, StopSignal, any_process, outlive_signals
+from mmseg_inceptionnext.training.stop_signal import (
+    StopOnSignalHook,
+    StopSignal,
+    any_process,
+    notice_dead_workers_later,
+    outlive_signals,
+)
 
 
 class Safety:
@@ -154,6 +160,7 @@ class Safety:
     def build_train_loop(self, loop: dict | BaseLoop) -> BaseLoop:
         """mmengine's, whose processes stop together where one of them has no data."""
         loop = super().build_train_loop(loop)
+        notice_dead_workers_later()  # mmengine 0.10.7 has started them here
         loop.dataloader_iterator = _CommonBatches(loop.dataloader_iterator, self)
         return loop
 

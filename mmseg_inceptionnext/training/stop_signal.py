@@ -48,18 +48,22 @@ class StopSignal:
 class StopOnSignalHook(Hook):
     """Lets a run end after the iteration in which one of its processes has received a signal.
 
-    A data-loading worker that has died is noticed when data are fetched: torch would otherwise raise in the middle of
-    whatever the main process is doing, an optimizer step say.
+    A data-loading worker that has died is noticed when data are fetched, see :func:`notice_dead_workers_later`.
     """
 
     priority = 'LOWEST'  # after the checkpoint of an interval
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        notice_dead_workers_later()
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         runner.stop_if_asked(runner.iter + 1)
+
+
+def notice_dead_workers_later() -> None:
+    """When data are fetched: torch, once it has started workers, would raise in the middle of whatever is done."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def any_process(here: bool) -> bool:
