@@ -37,20 +37,21 @@ _NUMPY_1 = 'compiled using NumPy 1.x'  # what numpy 2 says of a build that it ca
 
 # Run by another Python; a line of JSON for each import, at once, so that a crash shows where it was.
 _TRY_IMPORTS = """
-import contextlib, importlib, io, json, sys
+import contextlib, importlib.util, io, json, sys
 
 def tell(**facts):
     print(json.dumps(facts), file=sys.__stdout__, flush=True)
 
 for name in sys.argv[1:]:
-    said = io.StringIO()
+    said, origin = io.StringIO(), ''
     try:
+        origin = getattr(importlib.util.find_spec(name), 'origin', '')
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             importlib.import_module(name)
         error = ''
     except BaseException as exception:
         error = ' '.join(f'{type(exception).__name__}: {exception}'.split())
-    tell(name=name, error=error, said=said.getvalue())
+    tell(name=name, error=error, said=said.getvalue(), origin=origin)
 
 torch = sys.modules.get('torch')
 if torch is not None and hasattr(torch, 'cuda'):
@@ -69,6 +70,7 @@ class Environment:
         python: Its version.
         versions: Of the distributions that are installed.
         errors: By import name, why an import fails.
+        hidden: By import name, the file in the current folder that Python takes for it.
         numpy_1: Import names whose compiled parts were built for numpy 1 and are refused by numpy 2.
         mmcv_ops: Whether mmcv has its compiled operators.
         cuda: The version that torch was built for; None for a CPU's build, or where torch cannot be imported.
@@ -80,6 +82,7 @@ class Environment:
     python: str = '3.11.0'
     versions: dict[str, str] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    hidden: dict[str, str] = field(default_factory=dict)
     numpy_1: tuple[str, ...] = ()
     mmcv_ops: bool = False
     cuda: str | None = None
@@ -131,6 +134,11 @@ def read_environment() -> Environment:
         python=platform.python_version(),
         versions=versions,
         errors=errors,
+        hidden={
+            name: Path(answer['origin']).name
+            for name, answer in tried.items()
+            if answer['origin'] in (str(Path.cwd() / f'{name}.py'), str(Path.cwd() / name / '__init__.py'))
+        },
         numpy_1=tuple(name for name, answer in tried.items() if _NUMPY_1 in answer['said'] + answer['error']),
         mmcv_ops=_has_compiled_ops(),
         cuda=facts.get('cuda'),
@@ -142,10 +150,19 @@ def read_environment() -> Environment:
 
 def findings(env: Environment) -> list[Finding]:
     """All that is to be known of an environment, faults first; what others follow from comes before them."""
-    found = [*_python_and_torch(env), *_numpy_and_opencv(env), *_stack(env), *_gpu(env), *_options(env)]
+    found = [*_hidden(env), *_python_and_torch(env), *_numpy_and_opencv(env), *_stack(env), *_gpu(env), *_options(env)]
     if not any(finding.is_fault for finding in found):
         found += _unexplained(env)
     return sorted(found, key=lambda finding: not finding.is_fault)
+
+
+def _hidden(env: Environment) -> Iterator[Finding]:
+    for name, file in env.hidden.items():
+        here = f'{name}.py' if file == f'{name}.py' else name
+        yield Finding(
+            f'{here} in the current folder hides the {name} that is installed: Python looks there first',
+            f'mv {here} another_{here}',
+        )
 
 
 def _python_and_torch(env: Environment) -> Iterator[Finding]:
@@ -223,7 +240,7 @@ def _upstream_mmseg(env: Environment) -> Iterator[Finding]:
     name = f'upstream mmsegmentation {env.versions["mmsegmentation"]}'
     if mmcv and env.has(mmcv, '2.2') and env.has('mmsegmentation', below='1.2.3'):
         yield Finding(f'{name} refuses {mmcv} {env.versions[mmcv]}: it takes those below 2.2.0', mend)
-    elif mmcv and not env.mmcv_ops:
+    elif mmcv and not env.mmcv_ops and 'mmcv' not in env.errors:
         yield Finding(f"{name} cannot be imported without mmcv's compiled operators, which {mmcv} lacks here", mend)
 
 

@@ -14,8 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY_CONFIG, assert_user_error, load_config, relative_error
+from mmengine.config import Config
+from torch import nn
 
+from mmseg_inceptionnext import UserError
 from mmseg_inceptionnext.checkpoints import read_checkpoint
+from mmseg_inceptionnext.training import train as train_module
+from mmseg_inceptionnext.training.fsdp import ShardedStrategy, use_fsdp
 from mmseg_inceptionnext.training.train import train
 
 # Without dropout and stochastic depth, of which every process draws its own.
@@ -49,10 +54,12 @@ def recorded(tmp_path, monkeypatch):
 def two(tmp_path, mini_root):
     """Run a tool in two processes, from another folder, and do something to them meanwhile; returns the launcher."""
 
-    def run(name: str, *arguments, restarts=0, meanwhile=lambda launcher: None) -> subprocess.CompletedProcess:
+    def run(
+        name: str, *arguments, restarts=0, data_root=mini_root, meanwhile=lambda launcher: None
+    ) -> subprocess.CompletedProcess:
         command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2]
         command += ['--max-restarts', restarts, ROOT / 'tools' / f'{name}.py', *arguments]
-        command += ['--launcher', 'pytorch', '--data-root', mini_root]
+        command += ['--launcher', 'pytorch', '--data-root', data_root]
         environment = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT / 'tests')}
         launcher = subprocess.Popen(
             list(map(str, command)), cwd=tmp_path, env=environment, text=True,
@@ -189,7 +196,7 @@ def test_a_killed_process_stops_the_others_and_the_run_goes_on_with_resume_or_by
     assert two('train', TINY_CONFIG, '--work-dir', 'hurt', '--resume', *TWELVE).returncode == 0
     assert_same_weights(tmp_path / 'hurt', tmp_path / 'whole')
 
-    # In a work dir that has checkpoints of another run.
+    # In a work dir that has checkpoints of another run, and a newer one.
     shutil.copytree(tmp_path / 'whole', tmp_path / 'elastic')
     (tmp_path / 'elastic' / 'iter_9.pth').unlink()
 
@@ -233,6 +240,62 @@ custom_hooks = [dict(type='StopOnNonFiniteLossHook'), dict(type='SpoilLossHook',
     assert re.search(
         r'error: the loss is not finite at iteration 5 .*; the last checkpoint is .*iter_3\.pth', process.stderr
     )
+
+
+@pytest.mark.slow
+def test_a_bad_validation_image_in_one_process_ends_the_validation_of_both_under_fsdp(two, mini_root, tmp_path):
+    """Where a process that went on alone would wait for the other's weights for ever."""
+    shutil.copytree(mini_root, tmp_path / 'data')
+    first = min((tmp_path / 'data' / 'images' / 'validation').iterdir())
+    first.write_bytes(first.read_bytes()[:200])
+    options = ['--weights', 'none', '--work-dir', 'work', '--strategy', 'fsdp']
+    process = two('train', TINY_CONFIG, *options, data_root=tmp_path / 'data')
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert 'No validation at iteration 6' in process.stdout and first.name in process.stdout
+
+
+def test_a_restart_goes_on_from_checkpoints_of_this_run_only(tmp_path, monkeypatch):
+    cfg = Config(dict(work_dir=str(tmp_path), launcher='pytorch'))
+    pointer = tmp_path / 'last_checkpoint'
+    pointer.write_text('of another run')
+
+    def after(restarts: int, run: str, resume: str | bool) -> str | bool:
+        monkeypatch.setenv('TORCHELASTIC_RUN_ID', run)
+        monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', str(restarts))
+        monkeypatch.setenv('RANK', '0')
+        return train_module._after_restart(cfg, resume)
+
+    assert after(1, 'a', False) is False  # it died before it came here
+    assert after(0, 'a', 'a.pth') == 'a.pth'
+    assert after(1, 'a', 'a.pth') == 'a.pth'
+    pointer.write_text('of this run')
+    assert after(2, 'a', 'a.pth') is True and after(2, 'a', False) is True
+    assert after(1, 'b', False) is False
+
+
+def test_what_mmengine_does_otherwise_under_fsdp_is_refused(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    for options in (
+        dict(clip_grad=dict(max_norm=1)),
+        dict(constructor='X'),
+        dict(paramwise_cfg=dict(flat_decay_mult=0)),
+    ):
+        with pytest.raises(UserError, match='--strategy fsdp'):
+            use_fsdp(Config(dict(launcher='pytorch', optim_wrapper=options)))
+    with pytest.raises(UserError, match='not mpi'):
+        monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', '2')
+        use_fsdp(Config(dict(launcher='mpi', optim_wrapper={})))
+    model = nn.ModuleDict({'block': nn.ModuleDict({'_fsdp_wrapped_module': nn.ModuleDict({'mlp': nn.Linear(1, 1)})})})
+    with pytest.raises(UserError, match="'block.mlp' reaches into a block"):
+        keys = dict(custom_keys={'mlp': {}, 'block.mlp': {}})
+        ShardedStrategy.build_optim_wrapper(None, dict(paramwise_cfg=keys), model)
+
+
+def test_several_processes_without_a_launcher_are_refused(tool_here, mini_root, monkeypatch):
+    """They would write the same files."""
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'a')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert_user_error(tool_here('train', TINY_CONFIG, '--data-root', mini_root), 'add --launcher pytorch')
 
 
 def test_fsdp_needs_several_processes(tool_here, mini_root):

@@ -122,10 +122,10 @@ def test_this_environment_is_read():
     assert not [finding for finding in findings(env) if finding.is_fault]
 
 
-def run(*arguments, first_on_path) -> subprocess.CompletedProcess:
+def run(*arguments, first_on_path, folder='/') -> subprocess.CompletedProcess:
     environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(first_on_path), str(ROOT)])}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environment, cwd=first_on_path, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +147,14 @@ def test_it_works_where_the_stack_cannot_be_imported(tmp_path, arguments, broken
     assert 'problem: torch cannot be imported: ' in process.stdout and said in process.stdout
     assert 'pip install --force-reinstall --no-deps torch\n' in process.stdout
     assert process.stdout.endswith('\nProblems: 1\n')
+
+
+def test_a_file_that_hides_a_package_is_named(tmp_path):
+    (tmp_path / 'timm.py').write_text('')
+    process = run('-m', 'mmseg_inceptionnext', 'doctor', first_on_path=ROOT, folder=tmp_path)
+    assert (process.returncode, process.stderr) == (1, '')
+    assert 'problem: timm.py in the current folder hides the timm that is installed' in process.stdout
+    assert '  mv timm.py another_timm.py\n' in process.stdout
 
 
 def test_who_imports_the_package_is_sent_to_it(tmp_path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, TINY_CONFIG
 
 
@@ -23,6 +24,7 @@ def test_segment_images(trained, mini_root, tmp_path):
     assert len(list(tmp_path.glob('*_segmented.png'))) == len(images)
 
 
+@pytest.mark.slow
 def test_custom_data(roads, tmp_path):
     output = run(
         'custom_data/train_and_test.py', '--data-root', roads, '--work-dir', 'work', '--weights', 'none',

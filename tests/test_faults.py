@@ -536,7 +536,7 @@ def test_a_bad_label_is_not_skipped(tiny_cfg, spoilt_root):
         train(tiny_cfg, seed=5, skip_bad_images=True)
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_validation_that_fails_does_not_lose_the_run(tiny_cfg, spoilt_root, tmp_path, workers):
     """Nor does a later one, of the same workers, suffer from it."""
     tiny_cfg.train_cfg.val_interval = 2

@@ -43,7 +43,9 @@ MODELS_TO_TEST = {
 }
 
 
-@pytest.mark.parametrize('kind', MODELS_TO_TEST)
+@pytest.mark.parametrize(
+    'kind', [pytest.param(kind, marks=[pytest.mark.slow] * (kind == 'sliding window')) for kind in MODELS_TO_TEST]
+)
 def test_agrees_with_mmsegs_own(kind):
     cfg = config()
     cfg.merge_from_dict({f'model.{key}': value for key, value in MODELS_TO_TEST[kind].items()})

@@ -223,6 +223,7 @@ def test_benchmark(tool, tmp_path):
     assert '| config ' in process.stdout and ' images/s |' in process.stdout
 
 
+@pytest.mark.slow
 def test_the_script_of_the_speed_tables(tool):
     process = tool('../benchmarks/fast_path', 'tail', '--repeat', 1)
     assert process.returncode == 0 and 'LabelMapSegmentor' in process.stdout, process.stderr
