@@ -101,6 +101,11 @@ def check_fits(model: nn.Module, checkpoint: dict, path: str | Path, archs: Mapp
                 f'{path} was trained for {there} classes, the config has {here}: '
                 'use the config it was trained with, or set num_classes of every head'
             )
+    if name := recognise_arch(state_dict, archs):
+        raise UserError(
+            f'{path} holds weights of a backbone, inception_next_{name}, not of a trained segmentor: '
+            'they are what tools/train.py --weights starts from'
+        )
     problems = _differences(expected, state_dict)
     if problems:
         backbone = {k.removeprefix('backbone.'): v for k, v in state_dict.items() if k.startswith('backbone.')}

@@ -11,6 +11,8 @@ from mmengine.logging import HistoryBuffer
 
 from mmseg_inceptionnext import InceptionNeXt, UserError
 from mmseg_inceptionnext.checkpoints import read_checkpoint
+from mmseg_inceptionnext.models.inceptionnext import ARCHS
+from mmseg_inceptionnext.weights import check_fits
 
 
 @pytest.fixture(scope='module')
@@ -135,6 +137,12 @@ def test_another_arch_is_recognised(tmp_path, arch):
     path = saved(timm.create_model(f'inception_next_{arch}').state_dict(), tmp_path / 'w.pth')
     with pytest.raises(UserError, match=f'this is inception_next_{arch}'):
         load(path)
+
+
+def test_weights_of_a_backbone_are_no_segmentor():
+    content = timm.create_model('inception_next_tiny').state_dict()
+    with pytest.raises(UserError, match='w.pth holds weights of a backbone, inception_next_tiny, not of a trained'):
+        check_fits(torch.nn.Linear(1, 1), content, 'w.pth', ARCHS)
 
 
 def test_another_family_is_recognised(tmp_path):
