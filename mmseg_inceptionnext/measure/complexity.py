@@ -90,7 +90,7 @@ def count_gmacs(model: nn.Module, shape: tuple[int, int]) -> dict[str, float]:
     """
     try:
         return _count_gmacs(model, shape)
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, ZeroDivisionError) as error:
         fitting = tuple(-(-max(side, 1) // _LARGEST_STRIDE) * _LARGEST_STRIDE for side in shape)
         if fitting == tuple(shape):
             raise  # a multiple of the stride should fit: a bug

@@ -149,7 +149,7 @@ class Head(nn.Module):
         maps.append(self.bottleneck([last, *pooled]).relu())
         for i in range(len(maps) - 1, 0, -1):
             maps[i - 1] = maps[i - 1] + up_sample(maps[i], maps[i - 1].shape[1:3], self.align_corners)
-        maps[:-1] = [conv(x).relu() for conv, x in zip(self.fpn_convs, maps, strict=False)]
+        maps[:-1] = [conv(x).relu() for conv, x in zip(self.fpn_convs, maps[:-1], strict=True)]
         return self.conv_seg(self.fpn_bottleneck(maps).relu()).permute(0, 3, 1, 2)
 
 

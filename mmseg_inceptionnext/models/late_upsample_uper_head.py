@@ -47,12 +47,12 @@ class LateUpsampleUPerHead(UPerHead):
     def _forward_feature(self, inputs: list[Tensor]) -> Tensor:
         # The matrix products below take the channels of a pixel as a row.
         inputs = [x.contiguous(memory_format=torch.channels_last) for x in self._transform_inputs(inputs)]
-        maps = [lateral_conv(x) for lateral_conv, x in zip(self.lateral_convs, inputs, strict=False)]
+        maps = [lateral_conv(x) for lateral_conv, x in zip(self.lateral_convs, inputs[:-1], strict=True)]
         maps.append(self.psp_forward(inputs))
         for i in range(len(maps) - 1, 0, -1):
             size = maps[i - 1].shape[2:]
             maps[i - 1] = resize(maps[i], size, mode='bilinear', align_corners=self.align_corners).add_(maps[i - 1])
-        maps[:-1] = [fpn_conv(x) for fpn_conv, x in zip(self.fpn_convs, maps, strict=False)]
+        maps[:-1] = [fpn_conv(x) for fpn_conv, x in zip(self.fpn_convs, maps[:-1], strict=True)]
         return self._up_sample_and_convolve(self.fpn_bottleneck, maps)
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
