@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from mmengine.config import DictAction
 
+from mmseg_inceptionnext.config import mistake_in_config
 from mmseg_inceptionnext.errors import UserError, one_line
 from mmseg_inceptionnext.files import FULL_DISK
 
@@ -121,6 +122,11 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f'error: {error.filename or "a file"} cannot be written: {error.strerror}: make room', file=sys.stderr)
         sys.exit(2)
+    except (KeyError, TypeError) as error:
+        if not (mistake := mistake_in_config(error)):
+            raise
+        print(f'error: {mistake}', file=sys.stderr)
+        sys.exit(2)
 
 
 def _leave_process_group() -> None:
@@ -142,8 +148,8 @@ def each(configs: Sequence[str], measure: Callable) -> tuple[list, dict[str, str
             results.append(measure(config))
         except UserError as error:
             failures[config] = one_line(error)
-        except Exception:
-            failures[config] = traceback.format_exc()
+        except Exception as error:
+            failures[config] = mistake_in_config(error) or traceback.format_exc()
     return results, failures
 
 

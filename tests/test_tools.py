@@ -11,6 +11,8 @@ from pathlib import Path
 import mmseg
 import pytest
 from conftest import ROOT, TINY_CONFIG, assert_user_error
+from mmengine.hooks import Hook
+from mmseg.registry import HOOKS
 
 
 @pytest.fixture(scope='module')
@@ -180,9 +182,32 @@ def test_a_bad_label_met_by_a_worker_is_one_line_too(tool, mini_root, tmp_path):
     assert_user_error(process, 'annotations/training/ADE_train_', 'outside 1 … 2 of 2 classes')
 
 
-def test_a_bug_keeps_its_traceback(tool, mini_root):
-    process = tool('train', TINY_CONFIG, '--data-root', mini_root, '--cfg-options', 'model.neck.nonsense=1')
-    assert process.returncode == 1 and 'Traceback' in process.stderr
+@pytest.mark.parametrize(
+    ('options', 'said'),
+    [
+        (['model.backbone.type=InceptionNext'], "type='InceptionNext' in the config is not the name of a model; Incep"),
+        (['default_hooks.timer.type=Tea'], "type='Tea' in the config is not the name of a hook: mend it"),
+        (['model.decode_head.chanels=4'], 'chanels in the config is not an argument of BaseDecodeHead'),
+        (['train_dataloader.batchsize=4'], 'batchsize in the config is not an argument of DataLoader'),
+    ],
+)
+def test_names_that_mmengine_does_not_know(tool_here, mini_root, options, said):
+    data = ('--data-root', mini_root, '--weights', 'none')
+    assert_user_error(tool_here('train', TINY_CONFIG, *data, '--cfg-options', *options), said)
+
+
+@HOOKS.register_module()
+class BuggyHook(Hook):
+    """Fails as mmengine does at an argument that a config misspells; but this one is not the config's."""
+
+    def before_train(self, runner) -> None:
+        super().before_train(runner, batchsize=1)
+
+
+def test_a_bug_keeps_its_traceback(tool_here, mini_root):
+    data = ('--data-root', mini_root, '--weights', 'none')
+    with pytest.raises(TypeError, match=r"Hook.before_train\(\) got an unexpected keyword argument 'batchsize'"):
+        tool_here('train', TINY_CONFIG, *data, '--cfg-options', 'default_hooks.bug.type=BuggyHook')
 
 
 def test_make_mini_ade20k(tool, tmp_path):

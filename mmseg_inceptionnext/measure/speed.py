@@ -31,7 +31,7 @@ from mmseg.structures import SegDataSample
 from torch import nn
 
 from mmseg_inceptionnext.checkpoints import read_checkpoint
-from mmseg_inceptionnext.config import read_config, set_data_root
+from mmseg_inceptionnext.config import mistake_in_config, read_config, set_data_root
 from mmseg_inceptionnext.data.check import check_data
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.inference import optimize_for_inference
@@ -220,8 +220,8 @@ def _serve(connection, config: str, setting: Setting, checkpoint: str | None) ->
         connection.send(str(error))
     except EOFError:
         pass
-    except Exception:
-        connection.send(traceback.format_exc())
+    except Exception as error:
+        connection.send(mistake_in_config(error) or traceback.format_exc())
 
 
 class Subject:
