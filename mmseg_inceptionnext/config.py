@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import tempfile
 import traceback
 from pathlib import Path
 
-import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import Registry
 from mmseg import registry
 
-from mmseg_inceptionnext.errors import UserError, one_line
-
-# What starts the processes of a distributed run, and what it sets: the number of a process, how many there are, and
-# what mmengine asks for besides.
-_LAUNCHERS = {
-    'pytorch': ('torchrun', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'),
-    'slurm': ('srun', 'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_NODELIST'),
-    'mpi': ('mpirun', 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK', 'MASTER_ADDR'),
-}
+from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.processes import check_launcher, process_number
 
 
 def read_config(path: str | Path) -> Config:
@@ -131,7 +122,7 @@ def load_config(path: str | Path, work_dir: str | Path | None = None, data_root:
     """
     cfg = read_config(path)
     path = Path(cfg.filename)
-    _check_launcher(launcher)
+    check_launcher(launcher)
     cfg.launcher = launcher
     override(cfg, data_root, cfg_options)
     default = cfg.get('work_dir') or Path('work_dirs', path.absolute().parent.name, path.stem)
@@ -139,15 +130,6 @@ def load_config(path: str | Path, work_dir: str | Path | None = None, data_root:
     if process_number(launcher) == 0:  # the others write nothing
         _check_writable(Path(cfg.work_dir))
     return cfg
-
-
-def _check_launcher(launcher: str) -> None:
-    if launcher in _LAUNCHERS:
-        program, *variables = _LAUNCHERS[launcher]
-        if lacking := [name for name in variables if name not in os.environ]:
-            raise UserError(f'--launcher {launcher} needs its processes started by {program}: {lacking[0]} is not set')
-    elif 'TORCHELASTIC_RUN_ID' in os.environ and int(os.environ['WORLD_SIZE']) > 1:
-        raise UserError(f'torchrun has started {os.environ["WORLD_SIZE"]} processes: add --launcher pytorch')
 
 
 def override(cfg: Config, data_root: str | Path | None = None, cfg_options: dict | None = None) -> None:
@@ -166,36 +148,9 @@ def override(cfg: Config, data_root: str | Path | None = None, cfg_options: dict
 
 
 def fit_to_device(cfg: Config) -> None:
-    """On a CPU, turn SyncBN, which needs a GPU, into BN, and let the processes of a run talk over gloo.
-
-    mmengine's own start of a distributed run assumes a GPU in each process, and so does its default model wrapper.
-
-    Raises:
-        UserError: there is no GPU for a launcher other than torchrun, or the processes do not find each other.
-    """
-    if get_device() != 'cpu':
-        return
-    _replace_type(cfg.model, 'SyncBN', 'BN')
-    launcher = cfg.get('launcher', 'none')
-    if launcher in ('slurm', 'mpi'):
-        raise UserError(f'--launcher {launcher} needs a GPU in each process, and there is none: on CPUs use torchrun')
-    if launcher == 'pytorch' and not torch.distributed.is_initialized():
-        try:
-            torch.distributed.init_process_group('gloo')
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f'the processes of the run do not find each other: {one_line(error)}') from error
-        cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
-
-
-def world_size(cfg: Config) -> int:
-    """How many processes a run of this config has, also before they have met."""
-    launcher = cfg.get('launcher', 'none')
-    return 1 if launcher == 'none' else int(os.environ[_LAUNCHERS[launcher][2]])
-
-
-def process_number(launcher: str) -> int:
-    """Which of a run's processes this is, from 0 on, also before they have met."""
-    return 0 if launcher == 'none' else int(os.environ[_LAUNCHERS[launcher][1]])
+    """On a CPU, turn SyncBN, which needs a GPU, into BN."""
+    if get_device() == 'cpu':
+        _replace_type(cfg.model, 'SyncBN', 'BN')
 
 
 def set_data_root(cfg: Config, data_root: str | Path) -> None:

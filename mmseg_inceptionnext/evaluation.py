@@ -22,6 +22,7 @@ from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.inference import optimize_for_inference
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
 from mmseg_inceptionnext.models.multi_scale_segmentor import MultiScaleSegmentor
+from mmseg_inceptionnext.processes import meet
 from mmseg_inceptionnext.report.confusion import HEADLINE, ConfusionMetric
 from mmseg_inceptionnext.report.page import write_report
 from mmseg_inceptionnext.training.runner import SafeRunner
@@ -101,6 +102,7 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
     check_data(cfg, 'test')
     content = read_checkpoint(checkpoint)
     fit_to_device(cfg)
+    meet(cfg)
     if out is not None:
         metric_cfg.output_dir = str(out)
     elif no_truth:

@@ -10,8 +10,8 @@ from mmengine.config import Config
 from mmengine.runner import IterBasedTrainLoop
 from mmseg.registry import LOOPS
 
-from mmseg_inceptionnext.config import world_size
 from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.processes import world_size
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import OptimStateKeyType
 
-from mmseg_inceptionnext.config import world_size
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.models.inceptionnext import InceptionNeXtBlock
+from mmseg_inceptionnext.processes import world_size
 
 
 def use_fsdp(cfg: Config) -> None:

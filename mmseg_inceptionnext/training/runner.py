@@ -191,7 +191,7 @@ class Safety:
                 raise
             raise UserError(
                 f'process {self.rank} of {self.world_size} has lost another one, whose message says why '
-                f'({summary(error)}); {self.last_checkpoint}: go on with --resume'
+                f'({summary(error)}); {self.last_checkpoint}: start again with --resume'
             ) from error
 
     @contextmanager

@@ -19,10 +19,11 @@ from mmengine.runner import ValLoop
 from mmseg.registry import HOOKS, LOOPS, MODELS
 
 from mmseg_inceptionnext.checkpoints import read_checkpoint
-from mmseg_inceptionnext.config import fit_to_device, process_number, require
+from mmseg_inceptionnext.config import fit_to_device, require
 from mmseg_inceptionnext.data.check import check_data
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
+from mmseg_inceptionnext.processes import meet, process_number
 from mmseg_inceptionnext.training.batch import effective_batch, use_auto_batch
 from mmseg_inceptionnext.training.dry_run import Plan, dry_run
 from mmseg_inceptionnext.training.fsdp import use_fsdp
@@ -121,6 +122,7 @@ def _prepare(cfg: Config, weights: str | None, resume: str | bool, amp: bool, se
             raise UserError(f'{section}.{key}={value!r} must be a positive whole number')
     check_data(cfg, 'train', 'val')
     fit_to_device(cfg)
+    meet(cfg)
     if weights is not None:
         cfg.model.backbone.init_cfg = None if weights == 'none' else dict(type='Pretrained', checkpoint=weights)
     if amp:
