@@ -116,9 +116,12 @@ def _check(path: Path) -> None:
     """
     size = path.stat().st_size
     with path.open('rb') as file:
-        is_zip = file.read(4) == b'PK\x03\x04'  # as torch tells its two formats apart
+        begin = file.read(16)
+        is_zip = begin[:4] == b'PK\x03\x04'  # as torch tells its two formats apart
         file.seek(0)
         if not is_zip:
+            if begin[:1] not in (b'', pickle.PROTO):  # a page that a server sent instead, or a pointer of Git LFS
+                raise ValueError(f'it begins with {begin}')
             check_legacy_pickles(file, size)
             return
         _check_directory(file, size)

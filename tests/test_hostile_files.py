@@ -264,6 +264,11 @@ def test_every_file_is_refused_or_read_as_what_it_is(files):
         assert peak_memory() - before < MOST_MEMORY
 
 
+def test_a_page_that_was_downloaded_instead_is_recognised(files):
+    with pytest.raises(UserError, match=r"not a checkpoint \(ValueError: it begins with b'<!DOCTYPE html>"):
+        read_checkpoint(files['web_page'])
+
+
 @pytest.mark.parametrize('name', CODE)
 def test_mmengine_refuses_them_too(files, name):
     """It falls back to running them by itself: in its runner, its functions, and ``init_cfg`` of any model."""
