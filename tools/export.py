@@ -43,9 +43,10 @@ def main() -> None:
             args.config, args.checkpoint, args.out, tuple(args.shape), args.dynamic, args.labels, args.input,
             args.precision, args.verify, args.images, args.classes,
         )  # fmt: skip
+    logits = '' if args.labels else f'its logits are within {verified.error:.1e} of the largest, and '
     print(
-        f'{args.out}: {args.out.stat().st_size / 2**20:.0f} MiB. On {verified.images} images its logits are within '
-        f'{verified.error:.1e} of the largest, and {verified.differing:.2%} of the labels differ, by ties'
+        f'{args.out}: {args.out.stat().st_size / 2**20:.0f} MiB. On {verified.images} images {logits}'
+        f'{verified.differing:.2%} of the labels differ, by ties'
     )
 
 
