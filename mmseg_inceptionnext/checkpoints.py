@@ -26,7 +26,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.errors import UserError, summary
 from mmseg_inceptionnext.pickle_check import HISTORY_METHODS, check_archive_pickle, check_legacy_pickles
 
 NO_NETWORK = (
@@ -161,11 +161,6 @@ def _check_directory(file: BufferedIOBase, size: int) -> None:
         raise zipfile.BadZipFile('its end points elsewhere')
     if end[:4] != b'PK\x05\x06' or comment or start + length != where:
         raise zipfile.BadZipFile('its directory is not at its end')
-
-
-def summary(error: BaseException) -> str:
-    """The first sentence of an error: libraries put advice after it that does not apply here."""
-    return re.split(r'\.\s|\n', str(error).strip())[0]
 
 
 def download(url: str) -> Path:

@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from mmengine.config import DictAction
 
-from mmseg_inceptionnext.config import mistake_in_config
-from mmseg_inceptionnext.errors import UserError, one_line
+from mmseg_inceptionnext.errors import mistake
 from mmseg_inceptionnext.files import FULL_DISK
 
 # What `python -m mmseg_inceptionnext` calls those tools that it does not call by the name of their file.
@@ -114,18 +113,15 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print('stopped', file=sys.stderr)
         sys.exit(130)
-    except UserError as error:
-        print(f'error: {one_line(error)}', file=sys.stderr)
-        sys.exit(2)
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
         print(f'error: {error.filename or "a file"} cannot be written: {error.strerror}: make room', file=sys.stderr)
         sys.exit(2)
-    except (KeyError, TypeError) as error:
-        if not (mistake := mistake_in_config(error)):
+    except Exception as error:
+        if not (said := mistake(error)):
             raise
-        print(f'error: {mistake}', file=sys.stderr)
+        print(f'error: {said}', file=sys.stderr)
         sys.exit(2)
 
 
@@ -146,10 +142,8 @@ def each(configs: Sequence[str], measure: Callable) -> tuple[list, dict[str, str
     for config in configs:
         try:
             results.append(measure(config))
-        except UserError as error:
-            failures[config] = one_line(error)
         except Exception as error:
-            failures[config] = mistake_in_config(error) or traceback.format_exc()
+            failures[config] = mistake(error) or traceback.format_exc()
     return results, failures
 
 

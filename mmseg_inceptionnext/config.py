@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 import tempfile
-import traceback
 from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.registry import Registry
-from mmseg import registry
 
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.processes import check_launcher, process_number
@@ -65,32 +60,6 @@ def shipped(folder: str) -> Path:
     package = Path(__file__).parent
     inside = package / '.mim' / folder
     return inside.resolve() if inside.is_dir() else package.parent / folder
-
-
-def mistake_in_config(error: Exception) -> str:
-    """What to say of an exception of mmengine's where the config is to blame; '' where it may be a bug.
-
-    These are a ``type`` that nothing is registered under, and an argument that the class it names does not have.
-    """
-    text = str(error.args[0]) if error.args else ''
-    if isinstance(error, KeyError) and (match := re.match(r'(\S+) is not in the (?:\w+::)?(.+?) registry', text)):
-        name, kind = match.groups()
-        registries = [r for r in vars(registry).values() if isinstance(r, Registry) and r.name == kind]
-        known = [other for r in registries for other in (*r.module_dict, *r.parent.module_dict)]
-        meant = ''.join(f'; {close} is' for close in difflib.get_close_matches(name, known, n=1))
-        return (
-            f'type={name!r} in the config is not the name of a {kind}{meant}: mend it, or let custom_imports import '
-            'the module that registers it'
-        )
-    unexpected = r"(.+?)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'"
-    if isinstance(error, TypeError) and (match := re.match(unexpected, text)):
-        what, argument = match.groups()
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            # What mmengine builds an object from; an argument that is not among them was not the config's.
-            given = {'build_from_cfg': 'args', 'build_dataloader': 'dataloader_cfg'}.get(frame.f_code.co_name)
-            if argument in frame.f_locals.get(given, ()):
-                return f'{argument} in the config is not an argument of {what}: mend its name'
-    return ''
 
 
 def require(cfg: Config, *keys: str) -> None:

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
-from mmseg_inceptionnext.checkpoints import summary
 from mmseg_inceptionnext.classes import Classes
-from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.errors import UserError, summary
 from mmseg_inceptionnext.models.label_map_segmentor import label_map
 
 DTYPES = {'uint8': 'tensor(uint8)', 'float32': 'tensor(float)'}  # of the input, and what ONNX Runtime calls them

@@ -13,7 +13,7 @@ from mmengine.dist import init_dist
 from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from mmseg_inceptionnext.errors import UserError, one_line
+from mmseg_inceptionnext.errors import UserError, summary
 
 # What starts the processes of a distributed run, and what it sets: the number of a process, how many there are, and
 # what mmengine asks for besides.
@@ -70,7 +70,7 @@ def meet(cfg: Config) -> None:
         else:
             init_dist(launcher, **cfg.get('env_cfg', {}).get('dist_cfg', {}), **group)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f'the processes of the run do not find each other: {one_line(error)}') from error
+        raise UserError(f'the processes of the run do not find each other: {summary(error)}') from error
     if on_cpu:
         cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
 

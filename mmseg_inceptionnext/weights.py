@@ -16,8 +16,8 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
-from mmseg_inceptionnext.checkpoints import NO_NETWORK, download, first_process_first, read_checkpoint, summary
-from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.checkpoints import NO_NETWORK, download, first_process_first, read_checkpoint
+from mmseg_inceptionnext.errors import UserError, summary
 
 # Where training programs put the weights in a checkpoint. As in timm, an averaged model goes before the raw one.
 _CONTAINERS = ('state_dict_ema', 'state_dict', 'model')

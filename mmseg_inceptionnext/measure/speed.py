@@ -31,9 +31,9 @@ from mmseg.structures import SegDataSample
 from torch import nn
 
 from mmseg_inceptionnext.checkpoints import read_checkpoint
-from mmseg_inceptionnext.config import mistake_in_config, read_config, set_data_root
+from mmseg_inceptionnext.config import read_config, set_data_root
 from mmseg_inceptionnext.data.check import check_data
-from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.errors import UserError, mistake
 from mmseg_inceptionnext.inference import optimize_for_inference
 from mmseg_inceptionnext.measure.machine import device_name, peak_memory_mb
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
@@ -216,12 +216,10 @@ def _serve(connection, config: str, setting: Setting, checkpoint: str | None) ->
         connection.send(subject.facts)
         while connection.recv() == 'round':
             connection.send(subject.run_round())
-    except UserError as error:
-        connection.send(str(error))
     except EOFError:
         pass
     except Exception as error:
-        connection.send(mistake_in_config(error) or traceback.format_exc())
+        connection.send(mistake(error) or traceback.format_exc())
 
 
 class Subject:

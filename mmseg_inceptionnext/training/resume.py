@@ -12,8 +12,8 @@ from mmengine.optim import OptimWrapper, _ParamScheduler, build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 
-from mmseg_inceptionnext.checkpoints import read_checkpoint, summary
-from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.checkpoints import read_checkpoint
+from mmseg_inceptionnext.errors import UserError, summary
 from mmseg_inceptionnext.models.inceptionnext import ARCHS
 from mmseg_inceptionnext.weights import check_fits
 

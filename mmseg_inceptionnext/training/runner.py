@@ -16,9 +16,8 @@ from mmseg.registry import RUNNERS
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mmseg_inceptionnext.checkpoints import summary
 from mmseg_inceptionnext.data.guard import CurrentFiles, guard
-from mmseg_inceptionnext.errors import BadSample, UserError, one_line
+from mmseg_inceptionnext.errors import BadSample, UserError, one_line, summary
 from mmseg_inceptionnext.files import FULL_DISK, whole_file
 from mmseg_inceptionnext.training.checkpoint_hook import SafeCheckpointHook
 from mmseg_inceptionnext.training.stop_signal import (
