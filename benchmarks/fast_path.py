@@ -12,19 +12,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from mmengine.registry import init_default_scope
 from mmseg.models.segmentors import EncoderDecoder, SegTTAModel
-from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
-from mmseg_inceptionnext.command_line import fail, run
-from mmseg_inceptionnext.config import fit_to_device, read_config
+from mmseg_inceptionnext.command_line import exit_if_any_failed, run
+from mmseg_inceptionnext.config import read_config
 from mmseg_inceptionnext.data.pipeline import RATIOS
+from mmseg_inceptionnext.inference.label_map_segmentor import label_map
+from mmseg_inceptionnext.inference.multi_scale_segmentor import multi_scale_label_map
 from mmseg_inceptionnext.measure.complexity import measure_complexity
-from mmseg_inceptionnext.measure.speed import Setting, interleave, measure_speed
-from mmseg_inceptionnext.models.label_map_segmentor import label_map
-from mmseg_inceptionnext.models.multi_scale_segmentor import multi_scale_label_map
-from mmseg_inceptionnext.report.markdown import markdown_table
+from mmseg_inceptionnext.measure.speed import interleave, measure_speed
+from mmseg_inceptionnext.measure.tables import markdown_table
+from mmseg_inceptionnext.measure.timed_model import Setting
+from mmseg_inceptionnext.models.build import build_segmentor
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / 'configs'
@@ -83,12 +83,11 @@ def compare(contestants: dict[str, tuple[Path, Setting]], gmacs: dict[Path, floa
             executed = gmacs[contestants[name][0]]
             cells[-1] += [f'{executed:.0f}', f'{executed * row.fps:.0f}']
     print(markdown_table(header, cells))
-    fail(failures)
+    exit_if_any_failed(failures)
 
 
 def head(shape: tuple[int, int], repeat: int) -> None:
     """The decode head alone; mmseg's in both layouts."""
-    init_default_scope('mmseg')
     steps = {}
     for name, kind, layout in (
         ("mmseg's UPerHead, NCHW", 'UPerHead', torch.contiguous_format),
@@ -96,8 +95,8 @@ def head(shape: tuple[int, int], repeat: int) -> None:
         ('LateUpsampleUPerHead, NCHW', 'LateUpsampleUPerHead', torch.contiguous_format),
     ):
         cfg = read_config(OURS['UperNet'])
-        fit_to_device(cfg)
-        module = MODELS.build(dict(cfg.model.decode_head, type=kind)).eval().to(memory_format=layout)
+        cfg.model.decode_head.type = kind
+        module = build_segmentor(cfg).decode_head.eval().to(memory_format=layout)
         features = [
             torch.randn(1, c, shape[0] // s, shape[1] // s).contiguous(memory_format=layout)
             for c, s in zip(module.in_channels, (4, 8, 16, 32), strict=True)
@@ -148,11 +147,7 @@ def tail_of_multi_scale(repeat: int) -> None:
 
 
 def segmentor() -> EncoderDecoder:
-    cfg = read_config(OURS['UperNet'])
-    fit_to_device(cfg)
-    cfg.model.backbone.init_cfg = None
-    init_default_scope('mmseg')
-    return MODELS.build(cfg.model)
+    return build_segmentor(read_config(OURS['UperNet']))
 
 
 def machine(repeat: int) -> None:

@@ -15,17 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.registry import init_default_scope
-from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
 from mmseg_inceptionnext.command_line import run
-from mmseg_inceptionnext.config import find_config, fit_to_device, read_config
+from mmseg_inceptionnext.config import find_config, read_config
 from mmseg_inceptionnext.export import export
 from mmseg_inceptionnext.inference import optimize_for_inference
+from mmseg_inceptionnext.inference.onnx_model import OnnxModel
 from mmseg_inceptionnext.measure.speed import interleave
-from mmseg_inceptionnext.onnx_model import OnnxModel
-from mmseg_inceptionnext.report.markdown import markdown_table
+from mmseg_inceptionnext.measure.tables import markdown_table
+from mmseg_inceptionnext.models.build import build_segmentor
 
 STOCK = Path(__file__).parent / 'stock_upernet_t.py'
 OURS = find_config('upernet/inceptionnext_t')
@@ -39,11 +38,7 @@ step: Callable  # of this process
 
 
 def segmentor(config: Path) -> torch.nn.Module:
-    init_default_scope('mmseg')
-    cfg = read_config(config)
-    fit_to_device(cfg)
-    cfg.model.backbone.init_cfg = None
-    return MODELS.build(cfg.model).eval()
+    return build_segmentor(read_config(config)).eval()
 
 
 def start_torch(config: Path, fast: bool, image: np.ndarray) -> None:

@@ -5,8 +5,8 @@ import io
 import sys
 import warnings
 
-# This file is run before `python -m mmseg_inceptionnext doctor` is, which is for when nothing below can be imported.
-# `-m` stands there until Python has found what it is to run; that it is this package, Python 3.9 would not say.
+# `python -m mmseg_inceptionnext doctor` is for when nothing below can be imported, and Python runs this file first.
+# While it looks for the module to run, sys.argv[0] is '-m'; Python 3.9 has no sys.orig_argv to name the module.
 if sys.argv[:2] == ['-m', 'doctor'] and __name__ in getattr(sys, 'orig_argv', [__name__]):
     from mmseg_inceptionnext import doctor
 
@@ -24,38 +24,36 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             'what is wrong and what to do'
         ) from error
 
-from mmseg_inceptionnext.checkpoints import trusting_checkpoints
-from mmseg_inceptionnext.data.check import CheckAnnotation
-from mmseg_inceptionnext.data.guard import ReadImage
+from mmseg_inceptionnext.checkpoints.mmengine_loaders import replace_mmengine_loaders
+from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
+from mmseg_inceptionnext.data.transforms import CheckAnnotation, ReadImage
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.evaluation import PerClassIoUMetric
+from mmseg_inceptionnext.evaluation.metrics import ConfusionMetric, PerClassIoUMetric
+from mmseg_inceptionnext.evaluation.picture_hooks import OverlayHook, ValidationSamplesHook
 from mmseg_inceptionnext.hub import get_config, get_model
 from mmseg_inceptionnext.inference import optimize_for_inference
+from mmseg_inceptionnext.inference.label_map_segmentor import LabelMapSegmentor
+from mmseg_inceptionnext.inference.segmentor import Segmentation, Segmentor
+from mmseg_inceptionnext.measure import pvt  # noqa: F401  registers PVT
 from mmseg_inceptionnext.models.inceptionnext import InceptionNeXt
-from mmseg_inceptionnext.models.label_map_segmentor import LabelMapSegmentor
 from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleUPerHead
-from mmseg_inceptionnext.models.pvt import PVT
-from mmseg_inceptionnext.registry import REGISTRIES  # noqa: F401
-from mmseg_inceptionnext.report.confusion import ConfusionMetric
-from mmseg_inceptionnext.report.overlay import OverlayHook, ValidationSamplesHook
-from mmseg_inceptionnext.segmentor import Segmentation, Segmentor
-from mmseg_inceptionnext.training.batch import AccumulatingTrainLoop
-from mmseg_inceptionnext.training.checkpoint_hook import SafeCheckpointHook
+from mmseg_inceptionnext.training.hooks.checkpoint import SafeCheckpointHook
+from mmseg_inceptionnext.training.hooks.non_finite_loss import StopOnNonFiniteLossHook
+from mmseg_inceptionnext.training.loops import AccumulatingTrainLoop, TolerantValLoop
 from mmseg_inceptionnext.training.mixed_precision import BFloat16OptimWrapper
-from mmseg_inceptionnext.training.non_finite_loss import StopOnNonFiniteLossHook
 from mmseg_inceptionnext.training.reproducible import (
     ReproducibleInfiniteSampler,
     SeedAugmentation,
     SeedIterationHook,
 )
 from mmseg_inceptionnext.training.runner import SafeRunner
-from mmseg_inceptionnext.training.tolerant_val_loop import TolerantValLoop
 from mmseg_inceptionnext.version import __version__
+
+replace_mmengine_loaders()  # for the whole process: mmengine then reads checkpoints without running code from them
 
 __all__ = [
     'AccumulatingTrainLoop',
     'BFloat16OptimWrapper',
-    'PVT',
     'CheckAnnotation',
     'ConfusionMetric',
     'InceptionNeXt',

@@ -1,4 +1,4 @@
-"""``python -m mmseg_inceptionnext COMMAND …``: the tools from any folder, without a checkout."""
+"""Run the tools as ``python -m mmseg_inceptionnext COMMAND …``, from any folder, without a checkout."""
 
 import ast
 import runpy
@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 from mmseg_inceptionnext.command_line import SHORT_NAMES, run
-from mmseg_inceptionnext.config import shipped
+from mmseg_inceptionnext.config import shipped_folder
 from mmseg_inceptionnext.errors import UserError
 
 
 def main() -> None:
-    tools = {SHORT_NAMES.get(path.stem, path.stem): path for path in sorted(shipped('tools').glob('*.py'))}
+    tools = {SHORT_NAMES.get(path.stem, path.stem): path for path in sorted(shipped_folder('tools').glob('*.py'))}
     if len(sys.argv) == 1:
         print(usage(tools), file=sys.stderr)
         sys.exit(2)
@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def usage(tools: dict[str, Path]) -> str:
-    """How to call this, with the first line of what each tool says of itself."""
+    """Return how to call this, with the first line of each tool's docstring."""
     lines = ['usage: python -m mmseg_inceptionnext COMMAND …   (COMMAND --help says more)', '']
     for name, path in sorted(tools.items()):
         lines.append(f'  {name:<12} {ast.get_docstring(ast.parse(path.read_bytes())).splitlines()[0]}')

@@ -1,11 +1,13 @@
-"""What the tools share: options of the same name, and one line for a user's mistake."""
+"""Share between the tools what they have in common: options, their types, and one line for a user's mistake."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import gc
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -16,8 +18,8 @@ from pathlib import Path
 import torch
 from mmengine.config import DictAction
 
-from mmseg_inceptionnext.errors import mistake
-from mmseg_inceptionnext.files import FULL_DISK
+from mmseg_inceptionnext.config import user_mistake
+from mmseg_inceptionnext.files import DISK_FULL_ERRNOS
 
 # What `python -m mmseg_inceptionnext` calls those tools that it does not call by the name of their file.
 SHORT_NAMES = {
@@ -29,14 +31,60 @@ SHORT_NAMES = {
 
 
 def command(tool: str) -> str:
-    """What calls a tool the way that the running one was called, to be printed and copied.
+    """Return the command that calls a tool the way that the running one was called, to be printed and copied.
 
     Args:
-        tool: Name of its file, without the ending.
+        tool: Name of the tool's file, without the suffix.
     """
     if 'mmseg_inceptionnext' in sys.orig_argv:
         return f'python -m mmseg_inceptionnext {SHORT_NAMES.get(tool, tool)}'
     return shlex.join(['python', str(Path(sys.argv[0]).absolute().with_name(f'{tool}.py'))])
+
+
+# Options of the tool that runs: by the name of the argument that each sets, the flag.
+_flags: dict[str, str] = {}
+
+
+class ToolParser(argparse.ArgumentParser):
+    """An ArgumentParser for a tool; errors of the functions that it calls then name the tool's flags.
+
+    Args:
+        tool: Name of the tool's file, without the suffix.
+        description: Docstring of the tool.
+    """
+
+    def __init__(self, tool: str, description: str, **kwargs):
+        super().__init__(prog=command(tool), description=description, **kwargs)
+
+    def parse_args(self, *args, **kwargs) -> argparse.Namespace:
+        _flags.clear()
+        _flags.update({action.dest: action.option_strings[0] for action in self._actions if action.option_strings})
+        return super().parse_args(*args, **kwargs)
+
+
+def name_flags(message: str, flags: dict[str, str]) -> str:
+    """Replace each Python argument in a message by the flag that sets it: ``device='gpu'`` by ``--device gpu``.
+
+    Args:
+        message: Message of a library function's error.
+        flags: Flag of each argument's name; other names stay as they are.
+    """
+
+    def flag(match: re.Match) -> str:
+        name, text = match.groups()
+        if name not in flags:
+            return match[0]
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):  # FILE, N and the like
+            value = text
+        if value is True:
+            return flags[name]
+        if isinstance(value, dict):
+            value = [f'{key}={item}' for key, item in value.items()]
+        return ' '.join([flags[name], *map(str, value if isinstance(value, (tuple, list)) else [value])])
+
+    return re.sub(r"""(?<![\w.])(\w+)=('[^']*'|"[^"]*"|\([^()]*\)|\{[^{}]*\}|[\w.+-]*\w)""", flag, message)
 
 
 class CfgOptions(DictAction):
@@ -49,7 +97,7 @@ class CfgOptions(DictAction):
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """The options that :func:`mmseg_inceptionnext.config.load_config` takes."""
+    """Add the options that :func:`mmseg_inceptionnext.config.load_config` takes."""
     parser.add_argument('--work-dir', help='where logs and checkpoints go (work_dirs/<folder>/<name of the config>)')
     parser.add_argument('--data-root', help='root of the data set of every dataloader')
     parser.add_argument(
@@ -64,14 +112,14 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_trust_option(parser: argparse.ArgumentParser) -> None:
-    """The option that opens :func:`mmseg_inceptionnext.checkpoints.trusting_checkpoints`."""
+    """The option that opens :func:`mmseg_inceptionnext.checkpoints.reading.trusting_checkpoints`."""
     parser.add_argument(
         '--trust-checkpoint', action='store_true', help='let checkpoints run any code: for files whose maker you know'
     )
 
 
 def output_file(text: str) -> Path:
-    """An argparse type: a file that can be written, checked before hours are spent on what goes into it."""
+    """Parse the path of a file that can be written; checked before hours are spent on its content."""
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +131,7 @@ def output_file(text: str) -> Path:
 
 
 def output_folder(text: str) -> Path:
-    """An argparse type: a folder that can be written into; made if it is missing."""
+    """Parse the path of a folder that can be written into; make it if it is missing."""
     path = Path(text)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -95,7 +143,7 @@ def output_folder(text: str) -> Path:
 
 
 def positive_int(text: str) -> int:
-    """An argparse type: 1, 2, …"""
+    """Parse 1, 2, …"""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a positive whole number')
     return int(text)
@@ -114,25 +162,25 @@ def run(main: Callable[[], None]) -> None:
         print('stopped', file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in FULL_DISK:
+        if error.errno not in DISK_FULL_ERRNOS:
             raise
         print(f'error: {error.filename or "a file"} cannot be written: {error.strerror}: make room', file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        if not (said := mistake(error)):
+        if not (message := user_mistake(error)):
             raise
-        print(f'error: {said}', file=sys.stderr)
+        print(f'error: {name_flags(message, _flags)}', file=sys.stderr)
         sys.exit(2)
 
 
 def _leave_process_group() -> None:
-    """End the threads of gloo before Python ends: one that lets go of a tensor later aborts the whole process."""
+    """End the threads of gloo before Python ends: one that frees a tensor later aborts the whole process."""
     if torch.distributed.is_initialized():
-        gc.collect()  # of a runner, whose model wrapper would keep the group
+        gc.collect()  # a runner's model wrapper would keep the group
         torch.distributed.destroy_process_group()
 
 
-def each(configs: Sequence[str], measure: Callable) -> tuple[list, dict[str, str]]:
+def run_each(configs: Sequence[str], measure: Callable) -> tuple[list, dict[str, str]]:
     """Apply a function to every config; one that fails does not stop the others.
 
     Returns:
@@ -143,13 +191,13 @@ def each(configs: Sequence[str], measure: Callable) -> tuple[list, dict[str, str
         try:
             results.append(measure(config))
         except Exception as error:
-            failures[config] = mistake(error) or traceback.format_exc()
+            failures[config] = user_mistake(error) or traceback.format_exc()
     return results, failures
 
 
-def fail(failures: dict[str, str]) -> None:
-    """Say which configs failed, if any, after everything else: a line each and exit code 2, or 1 if one is a bug."""
+def exit_if_any_failed(failures: dict[str, str]) -> None:
+    """Print a line for each config that failed, if any, and exit: with code 2, or 1 if one failed by a bug."""
     for config, message in failures.items():
-        print(f'error: {config}: {message.strip()}', file=sys.stderr)
+        print(f'error: {config}: {name_flags(message.strip(), _flags)}', file=sys.stderr)
     if failures:
         sys.exit(1 if any('Traceback' in message for message in failures.values()) else 2)

@@ -1,25 +1,29 @@
-"""Read a config file and apply to it what a command line asks for."""
+"""Read a config file, override parts of it, and say what is wrong with it."""
 
 from __future__ import annotations
 
+import difflib
+import re
 import tempfile
+import traceback
 from pathlib import Path
 
+import mmseg.registry
 from mmengine.config import Config
-from mmengine.device import get_device
+from mmengine.registry import Registry
 
-from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.processes import check_launcher, process_number
+from mmseg_inceptionnext.distributed import check_launcher, rank
+from mmseg_inceptionnext.errors import UserError, one_line
 
 
 def read_config(path: str | Path) -> Config:
     """Read a config file as it is.
 
     Args:
-        path: A file, or the name of a config that the package ships, such as 'upernet/inceptionnext_t'.
+        path: Path of a config, or name of one that the package ships, such as 'upernet/inceptionnext_t'.
 
     Raises:
-        UserError: no such file, or one that cannot be read as a config.
+        UserError: There is no such config, or it cannot be read.
     """
     path = find_config(path)
     try:
@@ -30,16 +34,16 @@ def read_config(path: str | Path) -> Config:
 
 
 def find_config(path: str | Path) -> Path:
-    """The file of a config that is given by its path, or by the end of the path of a shipped one.
+    """Return the path of a config that is given by its path, or by the end of the path of a shipped one.
 
     Raises:
-        UserError: there is none, or several shipped ones have that name.
+        UserError: There is none, or several shipped ones have that name.
     """
     path = Path(path)
     if path.is_file():
         return path
     wanted = Path(str(path).removesuffix('.py')).parts
-    root = shipped('configs')
+    root = shipped_folder('configs')
     configs = sorted(p for p in root.rglob('*.py') if '_base_' not in p.parts)
     found = [p for p in configs if p.relative_to(root).with_suffix('').parts[-len(wanted) :] == wanted]
     if len(found) == 1:
@@ -52,10 +56,10 @@ def find_config(path: str | Path) -> Path:
     )
 
 
-def shipped(folder: str) -> Path:
-    """Where ``configs`` or ``tools`` are: in a wheel inside the package; in a checkout beside it.
+def shipped_folder(folder: str) -> Path:
+    """Return the path of ``configs`` or ``tools``: inside the package in a wheel, beside it in a checkout.
 
-    There, too, ``.mim`` leads to them, by links; but some file systems and archives do not keep links.
+    In a checkout ``.mim`` holds links to them, which some file systems and archives do not keep.
     """
     package = Path(__file__).parent
     inside = package / '.mim' / folder
@@ -63,10 +67,10 @@ def shipped(folder: str) -> Path:
 
 
 def require(cfg: Config, *keys: str) -> None:
-    """Make sure that a config has something under some keys.
+    """Check that a config has a dict or a list under each of some keys.
 
     Raises:
-        UserError: naming those that it lacks.
+        UserError: Naming the keys that it lacks.
     """
     if lacking := [key for key in keys if not isinstance(cfg.get(key), (dict, list))]:
         raise UserError(f'{cfg.filename} lacks {", ".join(lacking)}: inherit from a recipe under configs')
@@ -74,20 +78,20 @@ def require(cfg: Config, *keys: str) -> None:
 
 def load_config(path: str | Path, work_dir: str | Path | None = None, data_root: str | Path | None = None,
                 launcher: str = 'none', cfg_options: dict | None = None) -> Config:  # fmt: skip
-    """Read a config, override parts of it, and make sure that its work dir can be written.
+    """Read a config, override parts of it, and check that its work dir can be written.
 
     Args:
-        path: A config file.
-        work_dir: Where logs and checkpoints go. Default: the config's own, else ``work_dirs/<folder>/<name>``, because
+        path: Path or name of a config.
+        work_dir: Folder for logs and checkpoints. Default: the config's own, else ``work_dirs/<folder>/<name>``:
             UperNet and Semantic FPN have configs of the same name.
         data_root: Root of the data set of every dataloader.
-        launcher: 'none', or how the processes of a distributed run were started: 'pytorch', 'slurm' or 'mpi'.
-        cfg_options: Further changes, ``{'model.backbone.with_cp': True}``. They go last and win, but for
+        launcher: 'none', or what started the processes of a distributed run: 'pytorch', 'slurm' or 'mpi'.
+        cfg_options: Further changes, ``{'model.backbone.with_cp': True}``. They are applied last and win, except for
             ``work_dir``, which is set by the argument of that name.
 
     Raises:
-        UserError: no such file, one that cannot be read as a config, a work dir that cannot be written, or processes
-            that were started in another way than the launcher's.
+        UserError: There is no such config, it cannot be read, its work dir cannot be written, or the processes were
+            started by something else than ``launcher``.
     """
     cfg = read_config(path)
     path = Path(cfg.filename)
@@ -96,16 +100,16 @@ def load_config(path: str | Path, work_dir: str | Path | None = None, data_root:
     override(cfg, data_root, cfg_options)
     default = cfg.get('work_dir') or Path('work_dirs', path.absolute().parent.name, path.stem)
     cfg.work_dir = str(work_dir or default)
-    if process_number(launcher) == 0:  # the others write nothing
+    if rank(launcher) == 0:  # the others write nothing
         _check_writable(Path(cfg.work_dir))
     return cfg
 
 
 def override(cfg: Config, data_root: str | Path | None = None, cfg_options: dict | None = None) -> None:
-    """Set the data root and other parts of a config, as :func:`load_config` does.
+    """Set the data root and other parts of a config, in place; see :func:`load_config`.
 
     Raises:
-        UserError: the options do not fit the config.
+        UserError: The options do not fit the config.
     """
     if data_root is not None:
         set_data_root(cfg, data_root)
@@ -113,39 +117,20 @@ def override(cfg: Config, data_root: str | Path | None = None, cfg_options: dict
         try:
             cfg.merge_from_dict(cfg_options)
         except (KeyError, TypeError, IndexError, ValueError, AssertionError) as error:
-            raise UserError(f'--cfg-options do not fit the config: {error}') from error
-
-
-def fit_to_device(cfg: Config) -> None:
-    """On a CPU, turn SyncBN, which needs a GPU, into BN."""
-    if get_device() == 'cpu':
-        _replace_type(cfg.model, 'SyncBN', 'BN')
+            raise UserError(f'cfg_options={cfg_options} do not fit the config: {error}') from error
 
 
 def set_data_root(cfg: Config, data_root: str | Path) -> None:
-    """Set the root of the data set of every dataloader, also inside wrappers such as RepeatDataset."""
-    for split in ('train', 'val', 'test'):
-        _set_data_root(cfg.get(f'{split}_dataloader'), str(data_root))
-
-
-def _set_data_root(node, data_root: str) -> None:
-    for child in _children(node):
-        if isinstance(child, dict) and 'data_root' in child:
-            child['data_root'] = data_root
-        _set_data_root(child, data_root)
-
-
-def _replace_type(node, old: str, new: str) -> None:
-    for child in _children(node):
-        if isinstance(child, dict) and child.get('type') == old:
-            child['type'] = new
-        _replace_type(child, old, new)
-
-
-def _children(node) -> list:
-    if isinstance(node, dict):
-        return list(node.values())
-    return list(node) if isinstance(node, (list, tuple)) else []
+    """Set the root of the data set of every dataloader, in place, also inside wrappers such as RepeatDataset."""
+    nodes = [cfg.get(f'{split}_dataloader') for split in ('train', 'val', 'test')]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            if 'data_root' in node:
+                node['data_root'] = str(data_root)
+            nodes += node.values()
+        elif isinstance(node, (list, tuple)):
+            nodes += node
 
 
 def _check_writable(folder: Path) -> None:
@@ -154,4 +139,35 @@ def _check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f'cannot write to {folder.absolute()} ({error.strerror}): choose another --work-dir') from error
+        raise UserError(
+            f'cannot write to {folder.absolute()} ({error.strerror}): choose another work_dir=DIR'
+        ) from error
+
+
+def user_mistake(error: Exception) -> str:
+    """Return the one line that explains an exception which is the user's mistake; '' where it may be a bug.
+
+    Besides :class:`~mmseg_inceptionnext.UserError`, these are two of mmengine's where the config is to blame: a
+    ``type`` that nothing is registered under, and an argument that the class it names does not have.
+    """
+    if isinstance(error, UserError):
+        return one_line(error)
+    text = str(error.args[0]) if error.args else ''
+    if isinstance(error, KeyError) and (match := re.match(r'(\S+) is not in the (?:\w+::)?(.+?) registry', text)):
+        name, kind = match.groups()
+        registries = [r for r in vars(mmseg.registry).values() if isinstance(r, Registry) and r.name == kind]
+        known = [other for r in registries for other in (*r.module_dict, *r.parent.module_dict)]
+        meant = ''.join(f'; {close} is' for close in difflib.get_close_matches(name, known, n=1))
+        return (
+            f'type={name!r} in the config is not the name of a {kind}{meant}: correct it, or let custom_imports import '
+            'the module that registers it'
+        )
+    unexpected = r"(.+?)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'"
+    if isinstance(error, TypeError) and (match := re.match(unexpected, text)):
+        what, argument = match.groups()
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            # What mmengine builds an object from; an argument that is not among them was not the config's.
+            given = {'build_from_cfg': 'args', 'build_dataloader': 'dataloader_cfg'}.get(frame.f_code.co_name)
+            if argument in frame.f_locals.get(given, ()):
+                return f'{argument} in the config is not an argument of {what}: correct its name'
+    return ''

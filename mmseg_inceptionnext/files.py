@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Write files atomically: the old content, or the whole new one."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Numbers of an OSError: no space is left, or none of the user's.
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def whole_file(path: Path, durable: bool = False) -> Iterator[Path]:
-    """A path to write to, in the same folder and with the same ending; it becomes ``path`` if all goes well.
+def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary path in the same folder, with the same suffix; on success it is renamed to ``path``.
 
     Args:
-        path: The file, which keeps its old content until the new is complete.
-        durable: Wait until the disk has it, so that it is whole after a power failure, too.
+        path: Path of the file, which keeps its old content until the new one is complete.
+        durable: Wait until the disk has the file (fsync), so that it survives a power failure.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{secrets.token_hex(4)}.part{path.suffix}')
     try:
         yield partial
         if durable:
-            _sync(partial)
+            fsync(partial)
         os.replace(partial, path)
         if durable:
-            _sync(path.parent)  # the name is the folder's content
+            fsync(path.parent)  # the name is the folder's content
     finally:
         with suppress(FileNotFoundError):
             partial.unlink()
 
 
 def remove_partial_files(folder: Path) -> None:
-    """What :func:`whole_file` could not tidy up in a process that was killed."""
+    """Remove the temporary files of :func:`atomic_write` that a killed process has left in a folder."""
     for partial in folder.glob('.????????.part*'):
         with suppress(FileNotFoundError):
             partial.unlink()
 
 
-def _sync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until the disk has a file's content, or a folder's list of names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot, such as some on networks
+        if error.errno != errno.EINVAL:  # some file systems, such as some on networks, cannot
             raise
     finally:
         os.close(descriptor)

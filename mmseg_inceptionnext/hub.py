@@ -1,31 +1,47 @@
-"""A shipped config or its model by name, as ``mmengine.hub`` gives those of other packages."""
+"""Give configs and models by name, and register the package with mmengine's config and class registries.
+
+mmengine puts the scope ``mmseg_inceptionnext`` into a config whose ``_base_`` is ``'mmseg_inceptionnext::…'``, and then
+looks in registries of that scope. Our classes are in mmseg's registries, beside those that the configs combine them
+with; the registries here are empty, and ask their parents.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import mmseg.registry
 import torch
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import init_default_scope
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.registry import Registry
 from mmseg.models.segmentors import EncoderDecoder
-from mmseg.registry import MODELS
 
-from mmseg_inceptionnext.checkpoints import read_checkpoint
 from mmseg_inceptionnext.config import read_config, require
-from mmseg_inceptionnext.models.inceptionnext import ARCHS
-from mmseg_inceptionnext.segmentor import find_device
-from mmseg_inceptionnext.weights import load_segmentor
+from mmseg_inceptionnext.device import find_device
+from mmseg_inceptionnext.models.build import build_segmentor
+
+_SCOPE = 'mmseg_inceptionnext'
+
+MODULE2PACKAGE[_SCOPE] = _SCOPE  # mmengine: configs by name are looked up in this package
+
+# mmseg imports these when its own registries are asked, but not when one of their children asks.
+_LOCATIONS = [f'mmseg.{part}' for part in ('datasets', 'engine', 'evaluation', 'models', 'visualization')]
+
+REGISTRIES = [
+    Registry(parent.name, parent=parent, scope=_SCOPE, locations=_LOCATIONS)
+    for parent in vars(mmseg.registry).values()
+    if isinstance(parent, Registry)
+]
 
 
 def get_config(name: str | Path) -> Config:
-    """A shipped config.
+    """Return a shipped config.
 
     Args:
-        name: Such as 'upernet/inceptionnext_t'; or a config file.
+        name: Name of a shipped config, such as 'upernet/inceptionnext_t', or path of a config.
 
     Raises:
-        UserError: no such config, or a file that cannot be read as one.
+        UserError: There is no such config, or it cannot be read.
     """
     return read_config(name)
 
@@ -33,25 +49,21 @@ def get_config(name: str | Path) -> Config:
 def get_model(
     name: str | Path, checkpoint: str | Path | None = None, device: str | torch.device | None = None
 ) -> EncoderDecoder:
-    """The segmentor of a config, in eval mode.
+    """Return the segmentor of a config, in eval mode.
 
-    SyncBN, which cannot train outside of a distributed run, is BN. To segment images as the config prepares them, take
-    :class:`~mmseg_inceptionnext.Segmentor`.
+    To segment images as the config prepares them, take :class:`~mmseg_inceptionnext.Segmentor`.
 
     Args:
-        name: As of :func:`get_config`.
-        checkpoint: A segmentor trained with the config, read without running what is in it; every key and shape must
-            agree. Default: random weights; the model's ``init_weights()`` loads ImageNet's into the backbone.
+        name: Name or path of a config, as of :func:`get_config`.
+        checkpoint: Path of a segmentor trained with the config, which is read without running code from it; every key
+            and shape must agree. Default: random weights; the model's ``init_weights()`` loads ImageNet's into the
+            backbone.
         device: Such as 'cpu' or 'cuda:1'. Default: a GPU if there is one.
 
     Raises:
-        UserError: the config or the checkpoint cannot be read, they do not fit, or there is no such device.
+        UserError: The config or the checkpoint cannot be read, they do not fit, or there is no such device.
     """
     device = find_device(device)
     cfg = read_config(name)
     require(cfg, 'model')
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
-    model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    if checkpoint is not None:
-        load_segmentor(model, read_checkpoint(checkpoint), checkpoint, ARCHS)
-    return model.to(device).eval()
+    return build_segmentor(cfg, checkpoint).to(device).eval()

@@ -1,4 +1,4 @@
-"""Read an image as people see it, or say why that cannot be done."""
+"""Read images as people see them, or say why one cannot be read."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.g
 
 
 def read_image(source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-    """Pixels of an image file, a PIL image or an array.
+    """Read an image file, a PIL image or an array as RGB.
 
-    Files are turned as their EXIF orientation says; grey, palette, CMYK and 16-bit images become 8-bit RGB, alpha is
-    dropped, of an animation the first frame is taken. What mmseg's pipelines read (by OpenCV) is the same, but for
-    CMYK and YCbCr, whose values may differ by one.
+    EXIF orientation is applied; grey, palette, CMYK and 16-bit images become 8-bit RGB, alpha is dropped, and the first
+    frame of an animation is taken. mmseg's pipelines (OpenCV) read the same, except that CMYK and YCbCr may differ by
+    one.
 
     Args:
-        source: A path; a PIL image of any mode; or an array of RGB (H, W, 3) or grey (H, W) values, uint8.
+        source: Path of an image; a PIL image of any mode; or an array of RGB (H, W, 3) or grey (H, W) values, uint8.
 
     Returns:
         (H, W, 3) uint8, RGB; never the memory of an array that was given.
 
     Raises:
-        UnreadableFile: no such file, or one that is no image, truncated, of floating-point values, a decompression
-            bomb, or without a pixel.
-        TypeError: neither of these, or an array of another shape or dtype.
+        UnreadableFile: There is no such file, or it is no image, truncated, of floating-point values, a decompression
+            bomb, or empty.
+        TypeError: The source is of another type, or an array of another shape or dtype.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.ndim == 3 and source.shape[2] != 3:
@@ -51,7 +51,7 @@ def read_image(source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
 
 
 def why_unreadable(error: Exception) -> str:
-    """In words, what Python or Pillow met in a file that is no image, or a damaged one."""
+    """Say in words why Python or Pillow cannot read an image."""
     if isinstance(error, FileNotFoundError):
         return 'no such file'
     if isinstance(error, Image.UnidentifiedImageError):

@@ -12,15 +12,12 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from PIL import Image
-from torch.profiler import ProfilerActivity, profile
+from support import ROOT, TINY_CONFIG
 
-from mmseg_inceptionnext.config import fit_to_device, load_config
+from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.data.mini_ade20k import make_mini_ade20k
+from mmseg_inceptionnext.training.options import TrainOptions
 from mmseg_inceptionnext.training.train import train
-
-ROOT = Path(__file__).parents[1]
-TINY_CONFIG = ROOT / 'tests' / 'configs' / 'fpn_tiny.py'
-TINY_UPERNET = ROOT / 'tests' / 'configs' / 'upernet_tiny.py'
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +48,7 @@ def trained(tmp_path_factory, mini_root) -> Path:
     init_default_scope('mmseg')
     work_dir = tmp_path_factory.mktemp('trained')
     cfg = load_config(TINY_CONFIG, work_dir, mini_root, cfg_options={'train_cfg.max_iters': 3})
-    train(cfg, weights='none', seed=0)
+    train(cfg, TrainOptions(weights='none', seed=0))
     return work_dir / 'iter_3.pth'
 
 
@@ -122,47 +119,3 @@ def run_here(tmp_path, monkeypatch, capsys):
 def tool_here(run_here):
     """The same as ``tool`` in this process; for runs that end early."""
     return lambda name, *arguments: run_here(ROOT / 'tools' / f'{name}.py', *arguments)
-
-
-def assert_user_error(process: subprocess.CompletedProcess, *parts: str) -> None:
-    """Exit code 2 and, as the last line of stderr, one message that says all of ``parts``; no traceback."""
-    assert process.returncode == 2, process.stderr[-2000:]
-    assert 'Traceback' not in process.stderr
-    line = process.stderr.strip().splitlines()[-1]
-    assert line.startswith('error: ') or ': error: ' in line
-    for part in parts:
-        assert part in line, line
-
-
-def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((ours - reference).abs().max() / reference.abs().max()).item()
-
-
-def peak_bytes(function) -> int:
-    """Largest sum of what torch has allocated on the CPU while a function ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    total = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == '[memory]':
-            total += event.nbytes()
-            peak = max(peak, total)
-    return peak
-
-
-def build_segmentor(path, **options) -> torch.nn.Module:
-    """In eval mode, with statistics, γ and biases that make a difference."""
-    from mmseg.registry import MODELS  # after the package, which quietens what importing mmseg says
-
-    cfg = Config.fromfile(path)
-    cfg.merge_from_dict({f'model.{key}': value for key, value in options.items()})
-    fit_to_device(cfg)
-    cfg.model.backbone.init_cfg = None
-    model = MODELS.build(cfg.model).eval()
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith(('gamma', 'running_var')):
-                tensor.uniform_(0.2, 0.6)
-            elif name.endswith(('bias', 'running_mean')):
-                tensor.normal_(0, 0.1)
-    return model

@@ -19,13 +19,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT, TINY_CONFIG, TINY_UPERNET
 from mmengine.config import Config
 from PIL import Image
+from support import ROOT, TINY_CONFIG, TINY_UPERNET
 
 from mmseg_inceptionnext.command_line import SHORT_NAMES
 from mmseg_inceptionnext.config import find_config, load_config
 from mmseg_inceptionnext.data import inspection
+from mmseg_inceptionnext.training.options import TrainOptions
 from mmseg_inceptionnext.training.train import train
 
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'SECURITY.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -272,7 +273,7 @@ def test_checkpoints_have_the_number_of_the_last_iteration():
 def trained_upernet(tmp_path_factory, mini_root) -> Path:
     work_dir = tmp_path_factory.mktemp('trained')
     options = {'train_cfg.max_iters': 1, 'train_cfg.val_interval': 1, 'train_dataloader.batch_size': 2}
-    train(load_config(TINY_UPERNET, work_dir, mini_root, cfg_options=options), weights='none', seed=0)
+    train(load_config(TINY_UPERNET, work_dir, mini_root, cfg_options=options), TrainOptions(weights='none', seed=0))
     return work_dir / 'iter_1.pth'
 
 

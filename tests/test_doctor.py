@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 from mmseg_inceptionnext.doctor import Environment, findings, read_environment, report
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_CONFIG
+from support import ROOT, TINY_CONFIG
 
 
 def run(script: str, *arguments, cwd: Path) -> str:

@@ -5,13 +5,14 @@ from pathlib import Path
 import mmengine.hub
 import pytest
 import torch
-from conftest import ROOT, TINY_CONFIG
 from mmengine.config import Config
 from mmseg.registry import MODELS
+from support import ROOT, TINY_CONFIG
 from torch import nn
 
 from mmseg_inceptionnext import UserError, get_config, get_model
 from mmseg_inceptionnext.config import load_config
+from mmseg_inceptionnext.training.options import TrainOptions
 from mmseg_inceptionnext.training.train import train
 
 NAME = 'mmseg_inceptionnext::upernet/inceptionnext_t.py'
@@ -40,7 +41,7 @@ def test_a_config_that_inherits_by_name_trains(tmp_path, mini_root):
         'train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)\n'
         'train_cfg = dict(max_iters=2, val_interval=2)\n'
     )
-    runner = train(load_config(tmp_path / 'own.py', tmp_path / 'work', mini_root), weights='none', seed=0)
+    runner = train(load_config(tmp_path / 'own.py', tmp_path / 'work', mini_root), TrainOptions(weights='none', seed=0))
     assert runner.iter == 2 and (tmp_path / 'work' / 'iter_2.pth').is_file()
     assert list((tmp_path / 'work').glob('best_mIoU_*.pth'))
 

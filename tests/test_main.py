@@ -4,7 +4,7 @@ import json
 import shlex
 
 import pytest
-from conftest import ROOT, TINY_CONFIG, assert_user_error
+from support import ROOT, TINY_CONFIG, assert_user_error
 
 from mmseg_inceptionnext.command_line import SHORT_NAMES
 

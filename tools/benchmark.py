@@ -7,14 +7,15 @@ import json
 from rich.console import Console
 from rich.progress import track
 
-from mmseg_inceptionnext.command_line import command, fail, output_file, run
-from mmseg_inceptionnext.measure.speed import LAYOUTS, PRECISIONS, TASKS, Setting, measure_speed
+from mmseg_inceptionnext.command_line import ToolParser, exit_if_any_failed, output_file, run
+from mmseg_inceptionnext.measure.speed import measure_speed
 from mmseg_inceptionnext.measure.tables import speed_table
-from mmseg_inceptionnext.report.tradeoff import plot_tradeoff
+from mmseg_inceptionnext.measure.timed_model import LAYOUTS, PRECISIONS, TASKS, Setting
+from mmseg_inceptionnext.measure.tradeoff import plot_tradeoff
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=command('benchmark'), description=__doc__)
+    parser = ToolParser('benchmark', __doc__)
     parser.add_argument('config', nargs='+', help='config files')
     parser.add_argument('--checkpoint', nargs='+', default=(), metavar='C', help='one for each config (random weights)')
     parser.add_argument('--task', choices=TASKS, default='fps', help='predict, training step, or backbone alone (fps)')
@@ -59,7 +60,7 @@ def main() -> None:
         print(speed_table(rows))
     if args.plot and rows:
         plot_tradeoff(rows, args.plot)
-    fail(failures)
+    exit_if_any_failed(failures)
 
 
 if __name__ == '__main__':

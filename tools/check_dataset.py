@@ -1,6 +1,5 @@
-"""Read the whole data set of a config and name what would stop or spoil a training run."""
+"""Read the whole data set of a config and name what would stop a training run or make it worse."""
 
-import argparse
 import dataclasses
 import json
 import os
@@ -10,13 +9,13 @@ import sys
 from rich.console import Console
 from rich.progress import track
 
-from mmseg_inceptionnext.command_line import CfgOptions, command, output_file, positive_int, run
+from mmseg_inceptionnext.command_line import CfgOptions, ToolParser, output_file, positive_int, run
 from mmseg_inceptionnext.config import override, read_config
-from mmseg_inceptionnext.data.inspection import inspect_data, summary
+from mmseg_inceptionnext.data.inspection import inspect_data, inspection_text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=command('check_dataset'), description=__doc__)
+    parser = ToolParser('check_dataset', __doc__)
     parser.add_argument('config', help='config file, or the name of a shipped one')
     parser.add_argument('--data-root', metavar='D', help='root of the data set of every dataloader')
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
@@ -42,7 +41,7 @@ def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly where the list goes to `head`
     sys.stdout.reconfigure(errors='surrogateescape')  # names of files are bytes
     if found.ok:
-        print(summary(found))
+        print(inspection_text(found))
         return
     wrong = [entry for split in found.splits.values() for entry in split.wrong]
     for entry in wrong:

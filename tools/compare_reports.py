@@ -1,13 +1,11 @@
 """Compare two reports of tools/test.py --report: what improved and what got worse, class by class."""
 
-import argparse
-
-from mmseg_inceptionnext.command_line import command, run
-from mmseg_inceptionnext.report.compare import compare_reports, comparison_text, read_report
+from mmseg_inceptionnext.command_line import ToolParser, run
+from mmseg_inceptionnext.evaluation.compare import compare_reports, comparison_text, read_report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=command('compare_reports'), description=__doc__)
+    parser = ToolParser('compare_reports', __doc__)
     parser.add_argument('a', help='folder of a report, or its report.json')
     parser.add_argument('b', help='the one that is compared with it')
     args = parser.parse_args()

@@ -2,10 +2,10 @@
 
 import argparse
 
-from mmseg_inceptionnext.checkpoints import trusting_checkpoints
-from mmseg_inceptionnext.command_line import add_trust_option, command, output_file, run
-from mmseg_inceptionnext.export import TOLERANCES, export
-from mmseg_inceptionnext.onnx_model import DTYPES
+from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
+from mmseg_inceptionnext.command_line import ToolParser, add_trust_option, output_file, run
+from mmseg_inceptionnext.export.export import TOLERANCES, export
+from mmseg_inceptionnext.inference.onnx_model import DTYPES
 
 
 def whole_number(text: str) -> int:
@@ -15,7 +15,7 @@ def whole_number(text: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=command('export'), description=__doc__)
+    parser = ToolParser('export', __doc__)
     parser.add_argument('config', help='config file, or the name of a shipped one')
     parser.add_argument('checkpoint', help='checkpoint of a segmentor trained with it')
     parser.add_argument('--out', metavar='FILE', type=output_file, required=True, help='.onnx or .pt2')
@@ -28,7 +28,9 @@ def main() -> None:
     result.add_argument(
         '--logits', dest='labels', action='store_false', help='return the logits of all classes (default)'
     )
-    parser.add_argument('--input', choices=DTYPES, default='uint8', help='type of the values from 0 to 255 (uint8)')
+    parser.add_argument(
+        '--input', dest='dtype', choices=DTYPES, default='uint8', help='type of the values from 0 to 255 (uint8)'
+    )
     parser.add_argument('--precision', choices=TOLERANCES, default='fp32', help='of weights and arithmetic (fp32)')
     parser.add_argument('--verify', metavar='N', type=whole_number, default=3, help='compare on N random images (3)')
     parser.add_argument('--images', nargs='+', metavar='FILE', default=(), help='compare on these, too')
@@ -40,7 +42,7 @@ def main() -> None:
 
     with trusting_checkpoints(args.trust_checkpoint):
         verified = export(
-            args.config, args.checkpoint, args.out, tuple(args.shape), args.dynamic, args.labels, args.input,
+            args.config, args.checkpoint, args.out, tuple(args.shape), args.dynamic, args.labels, args.dtype,
             args.precision, args.verify, args.images, args.classes,
         )  # fmt: skip
     logits = '' if args.labels else f'its logits are within {verified.error:.1e} of the largest, and '

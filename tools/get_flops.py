@@ -1,16 +1,15 @@
 """Count parameters and MACs of segmentors, as the paper's Tables 6 and 7 do."""
 
-import argparse
 import dataclasses
 import json
 
-from mmseg_inceptionnext.command_line import command, each, fail, output_file, run
+from mmseg_inceptionnext.command_line import ToolParser, exit_if_any_failed, output_file, run, run_each
 from mmseg_inceptionnext.measure.complexity import measure_complexity
 from mmseg_inceptionnext.measure.tables import complexity_table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=command('get_flops'), description=__doc__)
+    parser = ToolParser('get_flops', __doc__)
     parser.add_argument('config', nargs='+', help='config files')
     parser.add_argument(
         '--shape', nargs=2, type=int, metavar=('H', 'W'), help='size of the image (512 2048 for UperNet, else 512 512)'
@@ -19,14 +18,14 @@ def main() -> None:
     parser.add_argument('--json', metavar='FILE', type=output_file, help='write the figures')
     args = parser.parse_args()
 
-    rows, failures = each(args.config, lambda config: measure_complexity(config, args.shape))
+    rows, failures = run_each(args.config, lambda config: measure_complexity(config, args.shape))
     if args.json:
         keys = ('config', 'params_m', 'params_m_without_aux', 'gmacs', 'gmacs_executed', 'shape')
         figures = [{key: dataclasses.asdict(row)[key] for key in keys} for row in rows]
         args.json.write_text(json.dumps(figures, indent=2) + '\n')
     if rows:
         print(complexity_table(rows, args.paper))
-    fail(failures)
+    exit_if_any_failed(failures)
 
 
 if __name__ == '__main__':

@@ -1,13 +1,11 @@
 """Make a small data set of procedural scenes in ADE20K's layout and label coding."""
 
-import argparse
-
-from mmseg_inceptionnext.command_line import command, run
+from mmseg_inceptionnext.command_line import ToolParser, run
 from mmseg_inceptionnext.data.mini_ade20k import make_mini_ade20k
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=command('make_mini_ade20k'), description=__doc__)
+    parser = ToolParser('make_mini_ade20k', __doc__)
     parser.add_argument('--out', required=True, metavar='D', help='folder that does not exist yet')
     parser.add_argument('--train', type=int, default=64, metavar='N', help='training pairs (64)')
     parser.add_argument('--val', type=int, default=16, metavar='N', help='validation pairs (16)')

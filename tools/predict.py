@@ -7,11 +7,19 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmseg_inceptionnext.checkpoints import trusting_checkpoints
-from mmseg_inceptionnext.command_line import add_trust_option, command, fail, output_folder, positive_int, run
-from mmseg_inceptionnext.onnx_model import is_onnx
-from mmseg_inceptionnext.predict import Output, count_images, find_sources, predict
-from mmseg_inceptionnext.segmentor import Segmentor
+from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
+from mmseg_inceptionnext.command_line import (
+    ToolParser,
+    add_trust_option,
+    exit_if_any_failed,
+    output_folder,
+    positive_int,
+    run,
+)
+from mmseg_inceptionnext.inference.onnx_model import is_onnx
+from mmseg_inceptionnext.inference.predict import count_images, predict
+from mmseg_inceptionnext.inference.segmentor import Segmentor
+from mmseg_inceptionnext.inference.sources import Output, find_sources
 
 
 def share(text: str) -> float:
@@ -22,9 +30,9 @@ def share(text: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog=command('predict'),
-        description=__doc__,
+    parser = ToolParser(
+        'predict',
+        __doc__,
         usage='%(prog)s (CONFIG CHECKPOINT | MODEL.onnx) INPUT … --out DIR [options]',
     )
     parser.add_argument('config', help='config file, or the name of a shipped one')
@@ -79,7 +87,7 @@ def main() -> None:
 
         failures = predict(segmentor, sources, output, args.batch_size, args.overwrite, advance)
     print(f'{int(progress.tasks[0].completed)} images in {args.out}')
-    fail(failures)
+    exit_if_any_failed(failures)
 
 
 if __name__ == '__main__':

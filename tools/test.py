@@ -5,11 +5,11 @@ import json
 
 from mmengine.dist import is_main_process
 
-from mmseg_inceptionnext.checkpoints import trusting_checkpoints
+from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
 from mmseg_inceptionnext.command_line import (
+    ToolParser,
     add_config_options,
     add_trust_option,
-    command,
     output_file,
     output_folder,
     positive_int,
@@ -17,11 +17,11 @@ from mmseg_inceptionnext.command_line import (
 )
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.evaluation import evaluate
-from mmseg_inceptionnext.report.confusion import HEADLINE
+from mmseg_inceptionnext.evaluation.metrics import HEADLINE
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=command('test'), description=__doc__)
+    parser = ToolParser('test', __doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint of a segmentor trained with it')
     add_config_options(parser)

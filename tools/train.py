@@ -1,19 +1,19 @@
 """Train a segmentor."""
 
-import argparse
 import shlex
 import sys
 
 from mmengine.dist import is_main_process
 
-from mmseg_inceptionnext.checkpoints import trusting_checkpoints
-from mmseg_inceptionnext.command_line import add_config_options, add_trust_option, command, run
+from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
+from mmseg_inceptionnext.command_line import ToolParser, add_config_options, add_trust_option, command, run
 from mmseg_inceptionnext.config import load_config
-from mmseg_inceptionnext.training.train import plan, summary, train
+from mmseg_inceptionnext.training.options import TrainOptions
+from mmseg_inceptionnext.training.train import plan, run_result, train
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=command('train'), description=__doc__)
+    parser = ToolParser('train', __doc__)
     parser.add_argument('config', help='config file')
     add_config_options(parser)
     parser.add_argument(
@@ -43,39 +43,41 @@ def main() -> None:
     args = parser.parse_args()
 
     cfg = load_config(args.config, args.work_dir, args.data_root, args.launcher, args.cfg_options)
-    options = dict(
+    options = TrainOptions(
         weights=args.weights, resume=args.resume, amp=args.amp, seed=args.seed, auto_batch=args.auto_batch,
         skip_bad_images=args.skip_bad_images, strategy=args.strategy,
     )  # fmt: skip
     with trusting_checkpoints(args.trust_checkpoint):
         if args.dry_run:
-            resolved = plan(cfg, **options)
+            resolved = plan(cfg, options)
             if is_main_process():
                 print(resolved)
             return
-        runner = train(cfg, **options)
+        runner = train(cfg, options)
     if is_main_process():
-        go_on = command_to_resume(sys.orig_argv[1:]) if args.launcher == 'none' else 'the same command with --resume'
-        report(summary(runner), go_on)
+        next_command = (
+            command_to_resume(sys.orig_argv[1:]) if args.launcher == 'none' else 'the same command with --resume'
+        )
+        report(run_result(runner), next_command)
 
 
-def report(end: dict, go_on: str) -> None:
-    for iteration, reason in end['failed_validations'].items():
+def report(result: dict, next_command: str) -> None:
+    for iteration, reason in result['failed_validations'].items():
         print(f'warning: no validation at iteration {iteration}: {reason.strip().splitlines()[-1]}', file=sys.stderr)
-    for image, times in end['skipped'].items():
+    for image, times in result['skipped'].items():
         print(f'warning: replaced {times} times: {image}', file=sys.stderr)
-    if end['skipped']:
-        print(f'{len(end["skipped"])} training images cannot be read; others replaced them.')
-    if end['stopped_by']:
-        print(f'Stopped by {end["stopped_by"]} after iteration {end["done"]}. Go on: {go_on}')
+    if result['skipped']:
+        print(f'{len(result["skipped"])} training images cannot be read; others replaced them.')
+    if result['stopped_by']:
+        print(f'Stopped by {result["stopped_by"]} after iteration {result["done"]}. Go on: {next_command}')
         return
-    figure = f'mIoU {end["best"]:.2f} at iteration' if end['best'] is not None else 'Last iteration'
-    test = f'{command("test")} {shlex.join([str(end["config"]), str(end["checkpoint"])])}'
-    print(f'{figure} {end["iteration"]}. Test it: {test}')
+    figure = f'{result["metric"]} {result["best"]:.2f} at iteration' if result['best'] is not None else 'Last iteration'
+    test = f'{command("test")} {shlex.join([str(result["config"]), str(result["checkpoint"])])}'
+    print(f'{figure} {result["iteration"]}. Test it: {test}')
 
 
 def command_to_resume(arguments: list[str]) -> str:
-    """The same command with --resume, without the checkpoint that it may have named."""
+    """Return the same command with --resume, without the checkpoint that it may have named."""
     kept = [
         argument
         for before, argument in zip(['', *arguments], arguments, strict=False)

@@ -13,7 +13,8 @@ from mmseg_inceptionnext import Segmentor
 from mmseg_inceptionnext.command_line import add_config_options, run
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.evaluation import evaluate
-from mmseg_inceptionnext.training.train import summary, train
+from mmseg_inceptionnext.training.options import TrainOptions
+from mmseg_inceptionnext.training.train import run_result, train
 
 CONFIG = Path(__file__).with_name('config.py')
 
@@ -25,7 +26,7 @@ def main() -> None:
     args = parser.parse_args()
     overrides = (args.work_dir, args.data_root, args.launcher, args.cfg_options)
 
-    end = summary(train(load_config(CONFIG, *overrides), weights=args.weights, seed=0))
+    end = run_result(train(load_config(CONFIG, *overrides), TrainOptions(weights=args.weights, seed=0)))
 
     figures = evaluate(load_config(CONFIG, *overrides), end['checkpoint'], report=end['checkpoint'].parent / 'report')
     print(f'mIoU {figures["mIoU"]}')

@@ -1,4 +1,4 @@
-"""Loading data for days: which file a worker was on, and what happens to one that cannot be read."""
+"""Guard data loading: name the file that a worker was reading, and stop at files that cannot be read, or skip them."""
 
 from __future__ import annotations
 
@@ -9,63 +9,40 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from mmcv.transforms import BaseTransform
 from mmengine.dataset import Compose
-from mmseg.registry import TRANSFORMS
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
 from mmseg_inceptionnext.errors import UnreadableFile, UserError, one_line
-from mmseg_inceptionnext.files import FULL_DISK
-from mmseg_inceptionnext.images import read_image, why_unreadable
+from mmseg_inceptionnext.files import DISK_FULL_ERRNOS
+from mmseg_inceptionnext.images import why_unreadable
 
 # What Pillow and OpenCV raise on damaged files, and on images that are too thin to be resized.
 _DAMAGE = (OSError, SyntaxError, EOFError, Image.DecompressionBombError, cv2.error)
 
-# So many unreadable files in a row are no accident.
-_MOST_IN_A_ROW = 50
-
-
-@TRANSFORMS.register_module()
-class ReadImage(BaseTransform):
-    """mmseg's LoadImageFromFile for local files, by :func:`~mmseg_inceptionnext.images.read_image`.
-
-    OpenCV, by which mmseg reads, fills what is missing of a truncated JPEG with grey and says nothing. The pixels of
-    sound files are the same.
-
-    Raises:
-        UnreadableFile: naming the file and what is wrong with it.
-    """
-
-    def transform(self, results: dict) -> dict:
-        image = cv2.cvtColor(read_image(results['img_path']), cv2.COLOR_RGB2BGR)
-        shape = image.shape[:2]
-        if 1 in shape and results.get('seg_map_path'):  # of whose annotation LoadAnnotations squeezes an axis away
-            raise UnreadableFile(f'{results["img_path"]} is {shape[1]}×{shape[0]}: too thin to be trained or tested on')
-        results.update(img=image, img_shape=shape, ori_shape=shape)
-        return results
+_MOST_IN_A_ROW = 50  # so many unreadable files in a row are no accident
 
 
 class CurrentFiles:
-    """What each data-loading worker is on, to be read by the main process when one has died.
+    """The files that each data-loading worker is reading, in memory that the main process shares.
 
     Args:
-        workers: Their number.
+        workers: Number of workers.
     """
 
     def __init__(self, workers: int):
         self._rows = torch.zeros(workers, 4096, dtype=torch.uint8).share_memory_()
 
     def note(self, files: str) -> None:
-        """Called in a worker, before it opens them."""
+        """Note the files that this worker is about to open."""
         if worker := get_worker_info():
             text = f'{os.getpid()} {files}'.encode(errors='replace')[: self._rows.shape[1]]
             row = self._rows[worker.id].numpy()
             row[: len(text)] = np.frombuffer(text, np.uint8)
             row[len(text) :] = 0
 
-    def of(self, pid: int) -> str | None:
-        """What the worker of a process id was on, if there is one."""
+    def of_process(self, pid: int) -> str | None:
+        """Return the files that the worker of a process id noted last; None if there is no such worker."""
         for row in self._rows.numpy():
             owner, _, files = row.tobytes().rstrip(b'\0').decode(errors='replace').partition(' ')
             if owner == str(pid):
@@ -77,14 +54,14 @@ class GuardedPipeline(Compose):
     """A pipeline that names the files of a sample on which it fails.
 
     Args:
-        pipeline: What it does.
-        current: Where it notes the files.
-        skipped: Where it notes files that cannot be read, a line each time; their samples are then replaced by others,
-            as mmengine's data sets do for a pipeline that returns None. By default they are errors.
+        pipeline: The pipeline.
+        current: Where the files of each sample are noted.
+        skipped: File to note unreadable ones in, a line each time; their samples are then replaced by others, as
+            mmengine's data sets do for a pipeline that returns None. By default they are errors.
 
     Raises:
-        UnreadableFile: an image or annotation cannot be read.
-        RuntimeError: any other failure, with its cause.
+        UnreadableFile: An image or annotation cannot be read.
+        RuntimeError: Any other failure, with its cause.
     """
 
     def __init__(self, pipeline: Compose, current: CurrentFiles, skipped: Path | None = None):
@@ -118,22 +95,22 @@ class GuardedPipeline(Compose):
             with self.skipped.open('a') as file:  # one write, so that lines of several workers stay whole
                 file.write(f'{one_line(error)}\n')
         except OSError as full:
-            if full.errno not in FULL_DISK:
+            if full.errno not in DISK_FULL_ERRNOS:
                 raise
 
 
-def guard(dataset: Dataset, current: CurrentFiles, skipped: Path | None) -> None:
-    """Guard the pipelines of a data set, also inside wrappers; in place."""
+def guard_pipelines(dataset: Dataset, current: CurrentFiles, skipped: Path | None) -> None:
+    """Put a :class:`GuardedPipeline` around the pipeline of a data set, in place, also inside wrappers."""
     inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
     for child in filter(None, inner):
-        guard(child, current, skipped)
+        guard_pipelines(child, current, skipped)
     pipeline = getattr(dataset, 'pipeline', None)
     if isinstance(pipeline, Compose):
         dataset.pipeline = GuardedPipeline(pipeline, current, skipped)
 
 
 def _culprit(files: list[str]) -> str:
-    """Those of a sample that cannot be read by themselves; all if each of them can."""
+    """Return which files of a sample cannot be read by themselves; all if each of them can."""
     return ' and '.join([file for file in files if not _readable(file)] or files)
 
 

@@ -1,4 +1,4 @@
-"""Read every image and annotation of a data set, and say what would stop or spoil a training run."""
+"""Read every image and annotation of a data set, and say what would stop a training run or make it worse."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from mmseg.registry import TRANSFORMS
 from PIL import Image
 
 from mmseg_inceptionnext.config import require
-from mmseg_inceptionnext.data.check import head_faults, label_fault, list_annotations, list_samples, open_dataset
-from mmseg_inceptionnext.data.pipeline import lacks_truth, leave_truth_out, leaves
+from mmseg_inceptionnext.data.check import head_faults, list_annotations, list_samples, open_dataset
+from mmseg_inceptionnext.data.pipeline import leaf_datasets, missing_ground_truth, remove_ground_truth
 from mmseg_inceptionnext.data.reading import Pair, reader
+from mmseg_inceptionnext.data.transforms import label_fault
 from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.labels import IGNORED_LABEL
 
 # ADE20K's scene parsing benchmark: files beside its folders that give it away, and its numbers of images.
 _ADE20K_FILES = ('objectInfo150.txt', 'sceneCategories.txt')
@@ -28,16 +30,16 @@ _ADE20K_IMAGES = {'training': 20210, 'validation': 2000}
 
 @dataclass
 class Split:
-    """What is in one of the splits, in the names of the JSON file.
+    """What one split holds; the names are those of the JSON file.
 
     Attributes:
-        images, annotations: Number of images, and of those that have an annotation.
+        images, annotations: Number of images, and of images with an annotation.
         checked: Number of images that were read.
         sizes: (width, height) of the smallest, the median and the largest image, by area.
-        pixels, ignored_pixels: In the annotations that could be read; of these, without a class.
+        pixels, ignored_pixels: Pixels of the annotations that could be read, and those without a class.
         classes: Pixels and number of files of each class, ``{name: {'pixels', 'files'}}``.
         without_labels: Images whose pixels are all ignored.
-        wrong: What cannot be trained with, ``{'file', 'reason'}``.
+        wrong: What cannot be trained on, ``{'file', 'reason'}``.
         orphans: Annotations without an image.
         duplicates: Number of images that are the same file as an earlier one of the split.
     """
@@ -60,11 +62,11 @@ class Inspection:
     """What is known of a data set after it has been read.
 
     Attributes:
-        ok: There is no wrong file and no problem.
+        ok: Whether there is no wrong file and no problem.
         splits: By name: 'train', 'val', and 'test' where it has other files than 'val'.
         duplicates: (training image, image of another split) that are the same file.
-        problems: What is wrong with the whole, a line each.
-        warnings: What may be meant otherwise, a line each.
+        problems: What is wrong with the data set as a whole, a line each.
+        warnings: What may be a mistake, a line each.
     """
 
     ok: bool = True
@@ -76,7 +78,7 @@ class Inspection:
 
 @dataclass
 class Coding:
-    """How annotations are coded by a config, and what the files hold: (256,) pixels, and files, of each value."""
+    """How a config reads annotations, and what the files hold: (256,) pixels, and files, of each value."""
 
     reduce_zero_label: bool
     num_classes: int
@@ -91,7 +93,7 @@ class Coding:
 
 
 class _Source:
-    """One of a config's data sets: how what is in its files is to be judged."""
+    """One of a config's data sets, with what is needed to judge its files."""
 
     def __init__(self, dataset: BaseSegDataset, pipeline: Sequence[dict], sample: dict):
         self.names = [name.strip() for name in dataset.metainfo['classes']]
@@ -102,7 +104,7 @@ class _Source:
         self.by_opencv = loader.get('imdecode_backend') == 'cv2'
 
     def faults(self, image: str, annotation: str | None, pair: Pair) -> Iterator[tuple[str, str]]:
-        """Reasons, as (file, reason), why a pair that can be read cannot be trained with."""
+        """Yield (file, reason) for each reason why a readable pair cannot be trained on."""
         if pair.size and self.scale and min(resized := rescale_size(pair.size, self.scale)) < 1:
             sizes = f'{pair.size[0]}×{pair.size[1]}, which the pipeline resizes to {resized[0]}×{resized[1]}'
             yield image, f'is {sizes}: crop it, or leave it out'
@@ -111,7 +113,7 @@ class _Source:
         if pair.palette and self.by_opencv:
             yield annotation, "has a palette, which LoadAnnotations' imdecode_backend='cv2' reads as colours: drop that"
         for value in np.flatnonzero(pair.counts):
-            if len(self.names) <= self.labels[value] < 255:
+            if len(self.names) <= self.labels[value] != IGNORED_LABEL:
                 hint = ' (it is an index into a palette: if that is of colours, convert it)' if pair.palette else ''
                 yield annotation, label_fault(value, self.coding[1], int(self.coding[0])) + hint
                 return
@@ -127,12 +129,12 @@ def inspect_data(
 
     Args:
         cfg: A whole config.
-        workers: Processes that read; 1 is this one.
-        sample: Read this many pairs of each split, evenly spread over its names. All names are compared even so.
-        progress: Wraps the pairs, whose number it is told, as they are read.
+        workers: Number of processes that read; 1 is this one.
+        sample: Number of pairs of each split to read, evenly spread over its names. All names are compared even so.
+        progress: Wraps the iterator over the pairs; its second argument is their number.
 
     Raises:
-        UserError: a data root, a folder or every image of a split is missing, or a process was killed.
+        UserError: A data root, a folder or every image of a split is missing, or a process was killed.
     """
     require(cfg, 'model', 'train_dataloader')
     found = Inspection()
@@ -177,7 +179,7 @@ def inspect_data(
 
 
 def coding_warnings(coding: Coding) -> Iterator[str]:
-    """Signs that a config reads annotations in another coding than they have; nothing is certain."""
+    """Yield signs that a config reads annotations in another coding than they have; none is certain."""
     pixels, n = coding.pixels, coding.num_classes
     of_pixels, of_files = pixels / pixels.sum(), coding.files / coding.total_files
     if pixels[255] and not pixels[1:255].any():
@@ -203,8 +205,8 @@ def coding_warnings(coding: Coding) -> Iterator[str]:
         )
 
 
-def summary(found: Inspection) -> str:
-    """What a data set consists of, in a few lines, with the warnings last."""
+def inspection_text(found: Inspection) -> str:
+    """Describe a data set in a few lines, with the warnings last."""
     lines = []
     for name, split in found.splits.items():
         part = f', a sample of {_number(split.checked)} checked' if split.checked < split.images else ''
@@ -228,15 +230,15 @@ def summary(found: Inspection) -> str:
 
 
 def _datasets(cfg: Config) -> dict[str, list[tuple[BaseSegDataset, list[dict]]]]:
-    """Data sets and pipelines of each split; of the test split only where it has other files than validation."""
+    """Return data sets and pipelines of each split; the test split only where it has other files than validation."""
     found = {}
     for name in ('train', 'val', 'test'):
         if not cfg.get(f'{name}_dataloader'):
             continue
         tree = copy.deepcopy(cfg[f'{name}_dataloader'].dataset)
-        if name == 'test' and lacks_truth(tree):
-            leave_truth_out(tree)
-        found[name] = [(open_dataset(leaf), leaf.get('pipeline', [])) for leaf in leaves(tree)]
+        if name == 'test' and missing_ground_truth(tree):
+            remove_ground_truth(tree)
+        found[name] = [(open_dataset(leaf), leaf.get('pipeline', [])) for leaf in leaf_datasets(tree)]
     files = {name: [(d.data_prefix, d.ann_file) for d, _ in datasets] for name, datasets in found.items()}
     if files.get('test') == files.get('val'):
         found.pop('test', None)
@@ -269,7 +271,7 @@ def _list_pairs(
 
 
 def _count_faults(folder: Path, images: int) -> Iterator[str]:
-    """ADE20K itself, by its name or the files that come with it, whose numbers of images are known."""
+    """Yield what is wrong with the number of images, if the data set is ADE20K by its name or its other files."""
     root, expected = folder.absolute().parents[1], _ADE20K_IMAGES.get(folder.name)
     is_ade20k = root.name == 'ADEChallengeData2016' or any((root / name).is_file() for name in _ADE20K_FILES)
     if not is_ade20k or not expected or images == expected:
@@ -283,7 +285,7 @@ def _count_faults(folder: Path, images: int) -> Iterator[str]:
 
 
 def _labels_of_values(loader: dict, sample: dict) -> np.ndarray:
-    """(256,) uint8: the label that LoadAnnotations makes of each value that a file can hold."""
+    """Return the label that LoadAnnotations makes of each value that a file can hold: (256,) uint8."""
     with tempfile.NamedTemporaryFile(suffix='.png') as file:
         Image.fromarray(np.arange(256, dtype=np.uint8)[None]).save(file, 'PNG')
         file.flush()
@@ -294,7 +296,7 @@ def _labels_of_values(loader: dict, sample: dict) -> np.ndarray:
 
 
 def _smallest_scale(pipeline: Sequence[dict]) -> tuple[int, int] | None:
-    """The smallest scale that a pipeline's first Resize or RandomResize fits an image into, if it keeps proportions."""
+    """Return the smallest scale that a pipeline's first (Random)Resize fits an image into, if it keeps the ratio."""
     for t in pipeline:
         if t['type'] in ('Resize', 'RandomResize'):
             if not t.get('keep_ratio') or np.shape(t.get('scale')) != (2,):
@@ -307,7 +309,7 @@ def _count(split: Split, source: _Source, image: str, counts: np.ndarray) -> Non
     """Add what an annotation holds, (256,) pixels of each value in its file."""
     labels = np.bincount(source.labels, weights=counts, minlength=256).astype(np.int64)
     split.pixels += int(counts.sum())
-    split.ignored_pixels += int(labels[255])
+    split.ignored_pixels += int(labels[IGNORED_LABEL])
     present = np.flatnonzero(labels[: len(source.names)])
     for label in present:
         split.classes[source.names[label]]['pixels'] += int(labels[label])

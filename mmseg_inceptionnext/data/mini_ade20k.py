@@ -44,7 +44,7 @@ def make_mini_ade20k(out: str | Path, train: int = 64, val: int = 16, size: int 
         )
     try:
         if out.exists() and any(out.iterdir()):
-            raise UserError(f'{out.absolute()} is not empty: choose another --out, or remove it first')
+            raise UserError(f'{out.absolute()} is not empty: choose another folder, or remove it first')
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}-') as partial:
             for split, (name, number) in enumerate((('training', train), ('validation', val))):

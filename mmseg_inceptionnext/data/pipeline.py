@@ -1,4 +1,4 @@
-"""Test pipelines of a config, changed for a purpose: several views of an image, no ground truth, no files."""
+"""Change the test pipelines of a config: several views of an image, no ground truth, images in memory."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from mmseg_inceptionnext.errors import UserError
 # Swin's protocol, which the paper's UperNet figures (Table 6) follow: these sizes, and the mirror image of each.
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
-# Transforms of a test pipeline that are about the ground truth.
-_OF_TRUTH = ('LoadAnnotations', 'CheckAnnotation')
+_GROUND_TRUTH_TRANSFORMS = ('LoadAnnotations', 'CheckAnnotation')
 
 
-def leaves(dataset_cfg: dict) -> list[dict]:
-    """The data sets inside wrappers such as RepeatDataset and ConcatDataset."""
+def leaf_datasets(dataset_cfg: dict) -> list[dict]:
+    """Return the configs of the data sets inside wrappers such as RepeatDataset and ConcatDataset."""
     inner = dataset_cfg.get('dataset', dataset_cfg.get('datasets'))
     if inner is None:
         return [dataset_cfg]
-    return [leaf for child in (inner if isinstance(inner, list) else [inner]) for leaf in leaves(child)]
+    return [leaf for child in (inner if isinstance(inner, list) else [inner]) for leaf in leaf_datasets(child)]
 
 
-def lacks_truth(dataset_cfg: dict) -> str | None:
-    """Why there is no ground truth for a data set or one of those inside it; None where there is."""
-    for leaf in leaves(dataset_cfg):
+def missing_ground_truth(dataset_cfg: dict) -> str | None:
+    """Say why a data set, or one inside it, has no ground truth; None if all have."""
+    for leaf in leaf_datasets(dataset_cfg):
         folder = leaf.get('data_prefix', {}).get('seg_map_path')
         if folder is None:
             return 'the config names no seg_map_path'
@@ -33,29 +32,29 @@ def lacks_truth(dataset_cfg: dict) -> str | None:
     return None
 
 
-def leave_truth_out(dataset_cfg: dict) -> None:
-    """Make every data set inside one of images alone, in place."""
-    for leaf in leaves(dataset_cfg):
+def remove_ground_truth(dataset_cfg: dict) -> None:
+    """Remove the ground truth from every data set inside a config, in place."""
+    for leaf in leaf_datasets(dataset_cfg):
         leaf.data_prefix.pop('seg_map_path', None)
-        leaf.pipeline = [t for t in leaf.pipeline if t.type not in _OF_TRUTH]
+        leaf.pipeline = [t for t in leaf.pipeline if t.type not in _GROUND_TRUTH_TRANSFORMS]
 
 
 def use_multi_scale(dataset_cfg: dict) -> None:
-    """Let a test pipeline make views of its scale times :data:`RATIOS`, each also as mirror image; in place.
+    """Let a test pipeline make views at its scale times :data:`RATIOS`, and their mirror images; in place.
 
     mmseg's own ``tta_pipeline`` scales the original image instead, whatever its size.
 
     Raises:
-        UserError: the pipeline has no Resize to one scale.
+        UserError: The pipeline has no Resize to one scale.
     """
-    for leaf in leaves(dataset_cfg):
+    for leaf in leaf_datasets(dataset_cfg):
         at = next((i for i, t in enumerate(leaf.pipeline) if t.type == 'Resize'), None)
         scale = leaf.pipeline[at].get('scale') if at is not None else None
         if not isinstance(scale, (tuple, list)):
-            raise UserError('--tta multiplies the scale of the Resize in the test pipeline, which has none: add one')
+            raise UserError('tta=True multiplies the scale of the Resize in the test pipeline, which has none: add one')
         resize = leaf.pipeline[at]
         before, after = leaf.pipeline[:at], leaf.pipeline[at + 1 :]
-        # The ground truth stays as it is, so it is loaded after the flip, which would turn it, too.
+        # The ground truth keeps its orientation, so it is loaded after the flip.
         sizes = [t for t in after if 'Resize' in t.type]
         rest = [t for t in after if 'Resize' not in t.type]
         views = [
@@ -67,8 +66,8 @@ def use_multi_scale(dataset_cfg: dict) -> None:
         leaf.pipeline = [*before, dict(type='TestTimeAug', transforms=views)]
 
 
-def of_arrays(pipeline: list[dict]) -> list[dict]:
-    """A test pipeline for images that are in memory, without ground truth."""
+def pipeline_for_arrays(pipeline: list[dict]) -> list[dict]:
+    """Return a test pipeline for images in memory, without ground truth."""
     loaders = ('ReadImage', 'LoadImageFromFile', 'LoadImageFromNDArray')
-    kept = [t for t in pipeline if t.type not in (*loaders, *_OF_TRUTH)]
+    kept = [t for t in pipeline if t.type not in (*loaders, *_GROUND_TRUTH_TRANSFORMS)]
     return [dict(type='LoadImageFromNDArray'), *kept]

@@ -1,4 +1,4 @@
-"""Decode images and annotations, entirely and in several processes, and report what is in them and what is damaged."""
+"""Decode images and annotations completely, in several processes; report what they hold and what is wrong."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from mmseg_inceptionnext.data.check import THIN_FAULT, channels_fault, depth_fault, size_fault
+from mmseg_inceptionnext.data.prefetch import map_ahead
+from mmseg_inceptionnext.data.transforms import THIN_FAULT, channels_fault, depth_fault, size_fault
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.images import read_image, why_unreadable
 
-_CHUNK = 4  # pairs that a process takes at once: more cost less, but a killed process leaves more files in question
+_CHUNK = 4  # pairs that a process takes at once: more are faster, but a killed process leaves more files in question
 
 
 @dataclass
 class Pair:
-    """What one process found in an image and its annotation.
+    """What an image and its annotation hold.
 
     Attributes:
         digest: Hash of the image's file; None where it cannot be opened.
-        size: (width, height) of the image, turned as its EXIF orientation says; None where it cannot be decoded.
+        size: (width, height) of the image, in its EXIF orientation; None where it cannot be decoded.
         counts: (256,) pixels of each value in the annotation's file; None without a readable one that fits the image.
         palette: The annotation has a palette, and its values are indices into it.
-        wrong: What cannot be trained with, as (file, reason).
+        wrong: What cannot be trained on, as (file, reason).
     """
 
     digest: bytes | None = None
@@ -47,7 +48,7 @@ class Pair:
 
 
 def read_pair(image: str, annotation: str | None) -> Pair:
-    """Decode an image and, if there is one, its annotation; whatever the files hold, nothing is raised."""
+    """Decode an image and, if there is one, its annotation; raise nothing, whatever the files hold."""
     pair = Pair()
     with _noting(pair.wrong, image):
         content = _content(image)
@@ -74,12 +75,12 @@ def read_pair(image: str, annotation: str | None) -> Pair:
 
 @contextmanager
 def reader(workers: int) -> Iterator[Callable[[list[tuple[str, str | None]]], Iterator[Pair]]]:
-    """:func:`read_pair` for a list, in several processes.
+    """Yield a function that applies :func:`read_pair` to a list, in several processes.
 
-    Results come in the list's order and a few ahead of their use, so that memory does not grow with the list.
+    Results come in the list's order, and are read a few ahead of their use: memory does not grow with the list.
 
     Raises:
-        UserError: a process was killed.
+        UserError: A process was killed.
     """
     if workers == 1:
         yield lambda pairs: starmap(read_pair, pairs)
@@ -110,7 +111,7 @@ def _content(path: str) -> bytes:
 
 
 def _opened(content: bytes) -> Image.Image:
-    """An image, not decoded yet. Of a PNG all checksums and the end are right, which decoding does not look at."""
+    """Open an image without decoding it; check all checksums and the end of a PNG, which decoding ignores."""
     image = Image.open(BytesIO(content))
     if image.format == 'PNG':
         image.verify()
@@ -119,7 +120,7 @@ def _opened(content: bytes) -> Image.Image:
 
 
 def _image_size(content: bytes) -> tuple[int, int]:
-    """(width, height) of an image as people see it, after all of it has been decoded."""
+    """Return (width, height) of an image in its EXIF orientation, after all of it has been decoded."""
     with _opened(content) as image:
         width, height = image.size
         if image.format in ('JPEG', 'MPO'):
@@ -138,22 +139,16 @@ def _leave_signals_to_parent() -> None:
 
 
 def _read_in(pool: ProcessPoolExecutor, workers: int, pairs: list[tuple[str, str | None]]) -> Iterator[Pair]:
-    waiting = deque()
+    pending = deque()
+    chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
     try:
-        for start in range(0, len(pairs), _CHUNK):
-            chunk = pairs[start : start + _CHUNK]
-            waiting.append((chunk, pool.submit(_read_pairs, chunk)))
-            if len(waiting) > 2 * workers:
-                yield from waiting[0][1].result()
-                waiting.popleft()
-        while waiting:
-            yield from waiting[0][1].result()
-            waiting.popleft()
+        for _, chunk in map_ahead(pool, _read_pairs, chunks, 2 * workers, pending):
+            yield from chunk
     except BrokenProcessPool as error:
-        lost = [image for chunk, future in waiting if not future.done() or future.exception() for image, _ in chunk]
+        lost = [image for chunk, future in pending if not future.done() or future.exception() for image, _ in chunk]
         raise UserError(
             f'a process that reads files was killed, perhaps for want of memory, on one of {", ".join(lost)} or its '
-            'annotation: look at these, or try --workers 1'
+            'annotation: look at these, or try workers=1'
         ) from error
 
 

@@ -1,0 +1,1 @@
+"""Measure parameters, MACs, speed and memory, beside what the paper prints."""

@@ -1,27 +1,24 @@
-"""Parameters and MACs of a segmentor, as the paper's Tables 6 and 7 count them.
+"""Count parameters and MACs of a segmentor, as the paper's Tables 6 and 7 do.
 
-The counter is torch's own (``torch.utils.flop_counter``): convolutions and matrix products, those of attention
-included. Norms, activations and up-samplings are not counted. Nothing is computed: the model runs on torch's meta
-device, where no convolution takes a shortcut that a device may have (Winograd's).
+The counter is torch's own (``torch.utils.flop_counter``): convolutions and matrix products, including attention. Norms,
+activations and up-sampling are not counted. Nothing is computed: the model runs on torch's meta device, where no
+convolution takes a shortcut such as Winograd's.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
 import torch
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import init_default_scope
-from mmseg.registry import MODELS
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmseg_inceptionnext.config import read_config
 from mmseg_inceptionnext.errors import UserError
-
-_LARGEST_STRIDE = 32
+from mmseg_inceptionnext.models.build import LARGEST_STRIDE, build_segmentor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +26,13 @@ class Complexity:
     """Cost of one config.
 
     Attributes:
-        config: The config's path.
+        config: Path of the config.
         params_m: Parameters in millions, with the auxiliary head, as the paper prints them.
-        params_m_without_aux: Without it: what inference needs.
-        gmacs: 10⁹ multiply-adds of one image in mmseg's ``tensor`` mode, in which the auxiliary head does not run; with
-            mmseg's UPerHead in the place of :class:`LateUpsampleUPerHead`, as the paper counts.
-        gmacs_executed: Those of the config's own head, which computes the same at another cost.
-        gmacs_by_part: Of ``gmacs``, the parts of 'backbone', 'neck' and 'head'.
+        params_m_without_aux: Parameters in millions that inference needs: without the auxiliary head.
+        gmacs: 10⁹ multiply-adds of one image in mmseg's ``tensor`` mode, where the auxiliary head does not run; with
+            mmseg's UPerHead instead of :class:`LateUpsampleUPerHead`, as the paper counts.
+        gmacs_executed: 10⁹ multiply-adds with the config's own head, which computes the same at another cost.
+        gmacs_by_part: ``gmacs`` of 'backbone', 'neck' and 'head'.
         shape: Height and width of the image.
     """
 
@@ -49,18 +46,17 @@ class Complexity:
 
 
 def measure_complexity(config: str | Path, shape: tuple[int, int] | None = None) -> Complexity:
-    """Count one config.
+    """Count parameters and MACs of one config.
 
     Args:
-        config: A config file.
-        shape: Height and width of the image; default the paper's, 512×2048 for UperNet and 512×512 for others.
+        config: Path or name of a config.
+        shape: Height and width of the image. Default: the paper's, 512×2048 for UperNet and 512×512 for others.
 
     Raises:
-        UserError: the config cannot be read, or the model cannot take the shape.
+        UserError: The config cannot be read, or the model cannot take the shape.
     """
     cfg = read_config(config)
-    init_default_scope('mmseg')
-    model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+    model = build_segmentor(cfg).eval()
     if shape is None:
         shape = (512, 2048) if 'UPerHead' in cfg.model.decode_head.type else (512, 512)
 
@@ -68,9 +64,9 @@ def measure_complexity(config: str | Path, shape: tuple[int, int] | None = None)
     auxiliary = sum(p.numel() for name, p in model.named_parameters() if name.startswith('auxiliary_head.'))
     gmacs = executed = count_gmacs(model, shape)
     if cfg.model.decode_head.type == 'LateUpsampleUPerHead':
-        plain_head = MODELS.build(dict(cfg.model.decode_head, type='UPerHead'))
-        model.decode_head = revert_sync_batchnorm(plain_head).eval()
-        gmacs = count_gmacs(model, shape)
+        plain = copy.deepcopy(cfg)
+        plain.model.decode_head.type = 'UPerHead'
+        gmacs = count_gmacs(build_segmentor(plain).eval(), shape)
     return Complexity(
         config=str(config),
         params_m=total / 1e6,
@@ -83,21 +79,21 @@ def measure_complexity(config: str | Path, shape: tuple[int, int] | None = None)
 
 
 def count_gmacs(model: nn.Module, shape: tuple[int, int]) -> dict[str, float]:
-    """10⁹ multiply-adds of a segmentor's backbone, neck and head for one image of height and width ``shape``.
+    """Count the 10⁹ multiply-adds of a segmentor's backbone, neck and head for one image of height and width ``shape``.
 
     Raises:
-        UserError: the model cannot take the shape; a shape that it can take is named.
+        UserError: The model cannot take the shape; the message names one that it can take.
     """
     try:
         return _count_gmacs(model, shape)
     except (RuntimeError, AssertionError, ValueError, ZeroDivisionError) as error:
-        fitting = tuple(-(-max(side, 1) // _LARGEST_STRIDE) * _LARGEST_STRIDE for side in shape)
+        fitting = tuple(-(-max(side, 1) // LARGEST_STRIDE) * LARGEST_STRIDE for side in shape)
         if fitting == tuple(shape):
             raise  # a multiple of the stride should fit: a bug
         _count_gmacs(model, fitting)
         raise UserError(
             f'the model cannot take {shape[0]}×{shape[1]} images: use {fitting[0]}×{fitting[1]}, a multiple of '
-            f'{_LARGEST_STRIDE}'
+            f'{LARGEST_STRIDE}'
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Measurements as tables: Markdown that is readable as it stands."""
+"""Format measurements as Markdown tables that are readable as plain text."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ from collections.abc import Sequence
 from mmseg_inceptionnext.measure.complexity import Complexity
 from mmseg_inceptionnext.measure.paper import paper_row
 from mmseg_inceptionnext.measure.speed import Speed
-from mmseg_inceptionnext.report.markdown import markdown_table
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a table with its columns aligned: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return '| ' + ' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + ' |'
+
+    rule = ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])]
+    return '\n'.join(map(line, (header, rule, *rows)))
 
 
 def complexity_table(rows: Sequence[Complexity], paper: bool = False) -> str:
-    """Parameters (M) and MACs (G), split by part; with the paper's figures and the difference where it has any."""
+    """Format parameters (M) and MACs (G), by part; optionally beside the paper's figures, with the difference."""
     header = ['config', 'shape', 'params', 'without aux', 'GMACs', 'backbone', 'neck', 'head', 'executed']
     cells = []
     for row in rows:
@@ -34,9 +45,9 @@ def complexity_table(rows: Sequence[Complexity], paper: bool = False) -> str:
 
 
 def speed_table(rows: Sequence[Speed]) -> str:
-    """Median, minimum and maximum, the ratio to the first config with its spread, memory, and the paper's figures.
+    """Format median, minimum and maximum, the ratio to the first config with its spread, and memory.
 
-    The paper's FPS and their ratio to the first config's stand where 'fps' was measured and the paper has them.
+    The paper's FPS and their ratio to the first config's are added where 'fps' was measured and the paper has them.
     """
     train = any(row.fps_forward_backward is not None for row in rows)
     printed = [paper_row(row.config) if row.task == 'fps' else None for row in rows]

@@ -19,19 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.weights import load_pretrained
-
-# Table 3. Its Atto column misprints two widths; these are the released model's, and give the printed 4.2 M parameters.
-ARCHS = {
-    'atto': dict(depths=(2, 2, 6, 2), channels=(40, 80, 160, 320), mlp_ratios=(4, 4, 4, 3),
-                 band_kernel_size=9, square_kernel_size=3, branch_ratio=1 / 4),
-    'tiny': dict(depths=(3, 3, 9, 3), channels=(96, 192, 384, 768), mlp_ratios=(4, 4, 4, 3),
-                 band_kernel_size=11, square_kernel_size=3, branch_ratio=1 / 8),
-    'small': dict(depths=(3, 3, 27, 3), channels=(96, 192, 384, 768), mlp_ratios=(4, 4, 4, 3),
-                  band_kernel_size=11, square_kernel_size=3, branch_ratio=1 / 8),
-    'base': dict(depths=(3, 3, 27, 3), channels=(128, 256, 512, 1024), mlp_ratios=(4, 4, 4, 3),
-                 band_kernel_size=11, square_kernel_size=3, branch_ratio=1 / 8),
-}  # fmt: skip
+from mmseg_inceptionnext.models.archs import resolve_arch
+from mmseg_inceptionnext.models.weights import load_pretrained
 
 
 class InceptionDWConv2d(nn.Module):
@@ -118,16 +107,16 @@ class InceptionNeXtStage(nn.Module):
 
 
 def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
-    """``block(x)`` with its activations recomputed in the backward pass.
+    """Compute ``block(x)``; its activations are recomputed in the backward pass.
 
-    The recomputation runs every BatchNorm a second time; its running statistics must count the batch once only.
+    The recomputation runs every BatchNorm a second time, but its running statistics must count the batch once.
     """
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(block)))
 
 
 @contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Normalise by batch statistics as in training, but leave the running ones as they are."""
+    """Normalise by batch statistics as in training, but keep the running ones as they are."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
@@ -145,20 +134,21 @@ class InceptionNeXt(BaseModule):
     """InceptionNeXt (Sec. 3.3, Table 3), returning the feature maps of several stages.
 
     Args:
-        arch: 'atto', 'tiny', 'small', 'base' or its first letter; or a dict with the keys of ``ARCHS['tiny']``.
+        arch: 'atto', 'tiny', 'small', 'base' or its first letter; or a dict with the keys of
+            :data:`~mmseg_inceptionnext.models.archs.ARCHS`'s entries.
         in_channels: Channels of the input image.
         drop_path_rate: Stochastic depth rate of the last block; it rises linearly from 0 over all blocks (Table 10).
         layer_scale_init_value: Initial value of γ, above 0.
         out_indices: Stages whose output is returned, ascending. Later stages are not built.
         norm_cfg: Type and arguments of every normalisation layer; a kind of BatchNorm.
         out_norm: Give each returned map a norm of its own (``norm0`` … ``norm3``), as the paper's author did for
-            segmentation. ImageNet checkpoints do not have them: they start as identity.
+            segmentation. ImageNet checkpoints do not have them; they start as the identity.
         frozen_stages: Stages that are not trained and stay in eval mode: -1 none, 0 the stem, n the stem and the
-            first n stages. The out-norms are part of the segmentor and are trained all the same.
+            first n stages. The out-norms belong to the segmentor and are trained in any case.
         norm_eval: Keep every BatchNorm in eval mode while training.
         with_cp: Activation checkpointing: recompute each block in the backward pass to save memory.
         init_cfg: ``dict(type='Pretrained', checkpoint=X)`` loads ImageNet weights, see
-            :func:`mmseg_inceptionnext.weights.load_pretrained`. Otherwise truncated normal, σ = 0.02.
+            :func:`~mmseg_inceptionnext.models.weights.load_pretrained`. Default: truncated normal, σ = 0.02.
 
     Attributes:
         out_channels (tuple[int]): Channels of each returned map.
@@ -169,7 +159,7 @@ class InceptionNeXt(BaseModule):
     rounded down each time.
 
     Raises:
-        UserError: an unknown ``arch``, or an argument outside its range.
+        UserError: An unknown ``arch``, or an argument outside its range.
     """
 
     def __init__(
@@ -187,7 +177,7 @@ class InceptionNeXt(BaseModule):
         init_cfg: dict | list[dict] | None = None,
     ):
         super().__init__(init_cfg)
-        arch = _resolve_arch(arch)
+        arch = resolve_arch(arch)
         depths, channels, mlp_ratios = arch['depths'], arch['channels'], arch['mlp_ratios']
         _check_out_indices(out_indices, len(depths))
         if not 0 <= drop_path_rate < 1:
@@ -246,12 +236,12 @@ class InceptionNeXt(BaseModule):
     def init_weights(self) -> None:
         init_cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg or {}]
         pretrained = [cfg for cfg in init_cfgs if cfg.get('type') == 'Pretrained']
-        # mmengine's own loader accepts partial matches in silence and falls back to unpickling; ours does neither.
+        # mmengine's own loader silently accepts partial matches and falls back to unpickling; ours does neither.
         original, self.init_cfg = self.init_cfg, [cfg for cfg in init_cfgs if cfg and cfg not in pretrained]
         super().init_weights()
         self.init_cfg = original
         for cfg in pretrained:
-            load_pretrained(self, cfg['checkpoint'], ARCHS)
+            load_pretrained(self, cfg['checkpoint'])
 
     def train(self, mode: bool = True) -> InceptionNeXt:
         super().train(mode)
@@ -267,32 +257,6 @@ class InceptionNeXt(BaseModule):
         for module in frozen:
             module.eval()
             module.requires_grad_(False)
-
-
-def _resolve_arch(arch: str | dict) -> dict:
-    """The entry of ``ARCHS`` that ``arch`` names, or ``arch`` itself once it is known to be one that can be built."""
-    if isinstance(arch, str):
-        names = {name[0]: name for name in ARCHS} | {name: name for name in ARCHS}
-        if arch not in names:
-            raise UserError(f'unknown arch {arch!r}: choose from {", ".join(map(repr, ARCHS))}, or give a dict')
-        return ARCHS[names[arch]]
-
-    expected = set(ARCHS['tiny'])
-    if set(arch) != expected:
-        wrong = [f'lacks {sorted(expected - set(arch))}'] if expected - set(arch) else []
-        wrong += [f'has unknown keys {sorted(set(arch) - expected)}'] if set(arch) - expected else []
-        raise UserError(f'the arch dict {" and ".join(wrong)}; it needs exactly {sorted(expected)}')
-    if not 0 < len(arch['depths']) == len(arch['channels']) == len(arch['mlp_ratios']):
-        raise UserError('depths, channels and mlp_ratios of an arch dict need one entry a stage each')
-    for key in ('band_kernel_size', 'square_kernel_size'):
-        if arch[key] % 2 == 0:
-            raise UserError(f'{key}={arch[key]} must be odd, or the branches would differ in size')
-    if not 1 <= int(min(arch['channels']) * arch['branch_ratio']) <= min(arch['channels']) // 3:
-        raise UserError(
-            f'branch_ratio={arch["branch_ratio"]} of {min(arch["channels"])} channels must give each of the three '
-            'convolution branches at least one channel and at most a third of them'
-        )
-    return arch
 
 
 def _check_out_indices(out_indices: tuple[int, ...], num_stages: int) -> None:

@@ -1,4 +1,4 @@
-"""UPerHead, computed at low resolution: the same function of the same parameters for half the multiply-adds."""
+"""UPerHead computed at low resolution: the same function of the same parameters for half the multiply-adds."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mmseg_inceptionnext.models.interpolation import shifted_interpolation, source_band
 from mmseg_inceptionnext.models.winograd import WinogradConv2d, conv2d_3x3
 
 
@@ -20,24 +21,24 @@ class LateUpsampleUPerHead(UPerHead):
     """mmseg's UPerHead, whose two bottlenecks are a :class:`LateUpsampleConv2d`.
 
     Arguments, state dict, results and gradients are UPerHead's, up to the rounding of sums in another order. Two thirds
-    of the multiply-adds of a UperNet are ``fpn_bottleneck``, a 3×3 convolution over four maps of which three are
-    up-sampled; the pooled maps of the PSP ``bottleneck`` are treated alike. With InceptionNeXt-T at 512×2048, 933 GMACs
-    become 510. Its other 3×3 convolutions are those of :mod:`mmseg_inceptionnext.models.winograd`. If ``conv_cfg`` asks
-    for anything else than plain convolutions, the head is UPerHead.
+    of the multiply-adds of a UperNet are in ``fpn_bottleneck``, a 3×3 convolution over four maps, three of which are
+    up-sampled; the pooled maps of the PSP ``bottleneck`` are treated in the same way. With InceptionNeXt-T at 512×2048,
+    933 GMACs become 510. The other 3×3 convolutions are those of :mod:`mmseg_inceptionnext.models.winograd`. If
+    ``conv_cfg`` asks for other than plain convolutions, the head is a plain UPerHead.
     """
 
     def __init__(self, pool_scales: tuple[int, ...] = (1, 2, 3, 6), **kwargs):
         super().__init__(pool_scales, **kwargs)
-        self.late = type(self.fpn_bottleneck.conv) is nn.Conv2d  # conv_cfg may say something else, of all convolutions
+        self.late = type(self.fpn_bottleneck.conv) is nn.Conv2d  # conv_cfg may ask for other convolutions
         if self.late:
             map_channels = {
                 self.bottleneck: [self.in_channels[-1], *[self.channels] * len(pool_scales)],
                 self.fpn_bottleneck: [self.channels] * len(self.in_channels),
             }
             for bottleneck, channels in map_channels.items():
-                bottleneck.conv = LateUpsampleConv2d.like(bottleneck.conv, channels, self.align_corners)
+                bottleneck.conv = LateUpsampleConv2d.from_conv(bottleneck.conv, channels, self.align_corners)
             for fpn_conv in self.fpn_convs:
-                fpn_conv.conv = WinogradConv2d.like(fpn_conv.conv)
+                fpn_conv.conv = WinogradConv2d.from_conv(fpn_conv.conv)
 
     def psp_forward(self, inputs: list[Tensor]) -> Tensor:
         return self._up_sample_and_convolve(
@@ -56,7 +57,7 @@ class LateUpsampleUPerHead(UPerHead):
         return self._up_sample_and_convolve(self.fpn_bottleneck, maps)
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
-        # What follows, up-sampling and softmax or argmax over the classes, is faster class by class.
+        # Up-sampling and the loss or argmax over classes, which follow, are faster with contiguous classes.
         return super().forward(inputs).contiguous()
 
     def _up_sample_and_convolve(self, bottleneck: nn.Module, maps: list[Tensor]) -> Tensor:
@@ -66,22 +67,21 @@ class LateUpsampleUPerHead(UPerHead):
 
 
 class LateUpsampleConv2d(nn.Conv2d):
-    """A 3×3 convolution over maps that are up-sampled bilinearly to the size of the first and concatenated, which does
-    neither.
+    """A 3×3 convolution over maps up-sampled (bilinearly) to the first and concatenated, without doing either.
 
     Why it is the same:
 
     - Linearity: a convolution of a concatenation is the sum of each map's convolution with its slice W of the weight,
       and this is a sum over the nine taps of 1×1 convolutions, each shifted by its tap, ``Σ_ij S_ij W_ij U x``. U
       up-samples, S_ij shifts.
-    - Commutation: W_ij mixes channels, alike at every position, and U mixes positions, alike in every channel. So
-      ``W_ij U x = U W_ij x``: the products with W_ij, nearly all the work, are taken at the low resolution.
+    - Commutation: W_ij mixes channels in the same way at every position, and U mixes positions in the same way in every
+      channel. So ``W_ij U x = U W_ij x``: the products with W_ij, nearly all the work, are taken at low resolution.
     - Separability: ``S_ij U`` is a matrix R_i over rows times a matrix C_j over columns, those of linear interpolation
-      with their rows moved by the tap: ``Σ_j C_j Σ_i R_i W_ij x``.
-    - Boundary: the plain convolution pads the up-sampled map with zeros. What a shift brings in from outside is
-      zero, a row of zeros in R_i or C_j.
+      with their rows shifted by the tap: ``Σ_j C_j Σ_i R_i W_ij x``.
+    - Boundary: the plain convolution pads the up-sampled map with zeros. A shift brings in zeros from outside, a row of
+      zeros in R_i or C_j.
 
-    A map as large as the first has nothing to gain and is convolved as usual.
+    A map as large as the first is convolved as usual.
 
     Input: a list of (N, C_k, H_k, W_k), channels_last for speed. Output: (N, out_channels, H_0, W_0).
     """
@@ -92,8 +92,8 @@ class LateUpsampleConv2d(nn.Conv2d):
         self.align_corners = align_corners
 
     @classmethod
-    def like(cls, conv: nn.Conv2d, map_channels: list[int], align_corners: bool) -> LateUpsampleConv2d:
-        """With the parameters of a plain 3×3 convolution."""
+    def from_conv(cls, conv: nn.Conv2d, map_channels: list[int], align_corners: bool) -> LateUpsampleConv2d:
+        """Make one with the parameters of a plain 3×3 convolution."""
         late = cls(map_channels, conv.out_channels, align_corners, device='meta')
         late.weight, late.bias = conv.weight, conv.bias
         return late
@@ -116,26 +116,27 @@ class LateUpsampleConv2d(nn.Conv2d):
 
 
 def tap_weights(weight: Tensor) -> list[Tensor]:
-    """The nine taps of a 3×3 convolution as weights of 1×1 convolutions.
+    """Return the nine taps of a 3×3 convolution as weights of 1×1 convolutions.
 
     Args:
         weight: (O, C, 3, 3).
 
     Returns:
-        For each of the three rows of taps (3·O, C): channels j·O to (j + 1)·O are column j.
+        For each of the three rows of taps, (3·O, C): channels j·O to (j + 1)·O are column j.
     """
     return [row.permute(2, 0, 1).flatten(0, 1) for row in weight.unbind(2)]
 
 
 def add_up_sampled(out: Tensor, taps: list[list[Tensor]], align_corners: bool) -> Tensor:
-    """``out + Σ_j C_j Σ_i R_i taps_ij`` over all maps; ``out`` may be overwritten.
+    """Return ``out + Σ_j C_j Σ_i R_i taps_ij``, summed over all maps; ``out`` may be overwritten.
 
-    Half precision is left for the sum: each of its terms would be rounded, where the plain convolution rounds once.
+    Half-precision operands are summed in float32: otherwise each term would be rounded, where the plain convolution
+    rounds once.
 
     Args:
         out: (N, O, H, W).
-        taps: Of each map, for each row of taps (N, 3·O, h, w): the map convolved with :func:`tap_weights`.
-        align_corners: As of ``torch.nn.functional.interpolate``.
+        taps: For each map, for each row of taps, (N, 3·O, h, w): the map convolved with :func:`tap_weights`.
+        align_corners: Argument of ``torch.nn.functional.interpolate``.
     """
     if not taps:
         return out
@@ -143,13 +144,13 @@ def add_up_sampled(out: Tensor, taps: list[list[Tensor]], align_corners: bool) -
     rows = [row.to(dtype) for rows in taps for row in rows]
     if not torch.compiler.is_compiling():
         return _AddUpSampled.apply(out.to(dtype), align_corners, *rows).to(out.dtype)
-    # Or exporting: without the loops over blocks, whose number depends on the size. autocast would take the products.
+    # Compiling or exporting: no loops over blocks, whose number depends on the size. autocast would round the products.
     with torch.autocast(out.device.type, enabled=False):
         return _sum_up_sampled(out.to(dtype), rows, align_corners).to(out.dtype)
 
 
 def _sum_up_sampled(out: Tensor, rows: list[Tensor], align_corners: bool) -> Tensor:
-    """:func:`add_up_sampled` as it is written."""
+    """Compute :func:`add_up_sampled` as it is written."""
     for level in range(0, len(rows), 3):
         r, c = _shifted_interpolations(rows[level], out, align_corners)
         taps = torch.stack(rows[level : level + 3], dim=1).unflatten(2, (3, out.shape[1]))
@@ -159,13 +160,13 @@ def _sum_up_sampled(out: Tensor, rows: list[Tensor], align_corners: bool) -> Ten
 
 
 class _AddUpSampled(torch.autograd.Function):
-    """:func:`add_up_sampled` in place and in blocks.
+    """Compute :func:`add_up_sampled` in place and in blocks.
 
     R_i and C_j are band matrices: a few rows of the result need a few rows of the map. A block of rows is interpolated
     by three matrix products, (rows, band of rows) × (band of rows, w·3·O), and stays in the cache for the columns,
-    batched products (columns, band of columns·3) × (band of columns·3, O) into ``out``. All operands lie as they are in
-    channels_last; nothing is permuted or copied, and only one block of the intermediate exists. The derivative takes
-    the same way back with the matrices transposed.
+    batched products (columns, band of columns·3) × (band of columns·3, O) into ``out``. All operands are used in their
+    channels_last layout, nothing is permuted or copied, and only one block of the intermediate result exists. The
+    derivative uses the same products with the matrices transposed.
     """
 
     @staticmethod
@@ -204,7 +205,7 @@ _CPU_BLOCK, _BLOCK = (8, 32), (64, 128)
 
 
 def _blocks(out: Tensor, rows: list[Tensor], align_corners: bool) -> Iterator[tuple]:
-    """Blocks of a few rows of ``out``, of every image.
+    """Yield blocks of a few rows of ``out``, for every image.
 
     Yields:
         The three R_i (rows of the block, h'); a list of (columns, their band of the next one's second axis,
@@ -220,51 +221,30 @@ def _blocks(out: Tensor, rows: list[Tensor], align_corners: bool) -> Iterator[tu
     columns = [
         (slice(x, x + block_columns), slice(3 * low, 3 * high), c[x : x + block_columns, 3 * low : 3 * high])
         for x in range(0, width, block_columns)
-        for low, high in [_band(x, x + block_columns, w, width, align_corners)]
+        for low, high in [source_band(x, x + block_columns, w, width, align_corners)]
     ]
     between = out.new_empty(min(block_rows, height), 3 * w, o)
     for n in range(len(out)):
         for y in range(0, height, block_rows):
-            low, high = _band(y, y + block_rows, h, height, align_corners)
+            low, high = source_band(y, y + block_rows, h, height, align_corners)
             taps = [row[n].permute(1, 2, 0)[low:high].flatten(1) for row in rows]
             block = out[n, :, y : y + block_rows].permute(1, 2, 0)
             yield r[:, y : y + block_rows, low:high], columns, between[: len(block)], taps, block
 
 
 def _shifted_interpolations(small: Tensor, large: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
-    """R (3, H, h) and C (3, W, w) for a (…, h, w) map that is up-sampled to (…, H, W)."""
+    """Return R (3, H, h) and C (3, W, w) for a (…, h, w) map that is up-sampled to (…, H, W)."""
     r, c = (
-        _shifted_interpolation(small.shape[axis], large.shape[axis], align_corners, small.device) for axis in (-2, -1)
+        shifted_interpolation(small.shape[axis], large.shape[axis], align_corners, small.device) for axis in (-2, -1)
     )
     return r.to(small.dtype), c.to(small.dtype)
 
 
-def _shifted_interpolation(size: int, new_size: int, align_corners: bool, device: torch.device) -> Tensor:
-    """The matrix of linear interpolation with its rows moved by -1, 0 and 1; zeros move in. (3, new_size, size)."""
-    positions = _source(torch.arange(new_size, dtype=torch.float64, device=device), size, new_size, align_corners)
-    distances = positions.clamp(0, size - 1)[:, None] - torch.arange(size, device=device)
-    matrix = F.pad((1 - distances.abs()).clamp(min=0), (0, 0, 1, 1))
-    return torch.stack([matrix[i : i + new_size] for i in range(3)])
-
-
-def _source(position, size: int, new_size: int, align_corners: bool):
-    """Where an up-sampled position is taken from, before clamping: ``torch.nn.functional.interpolate``'s rule."""
-    if align_corners:
-        return position * ((size - 1) / max(new_size - 1, 1))
-    return (position + 0.5) * (size / new_size) - 0.5
-
-
-def _band(start: int, stop: int, size: int, new_size: int, align_corners: bool) -> tuple[int, int]:
-    """The positions that up-sampled ones from ``start`` - 1 to ``stop``, one more at each end, depend on."""
-    low, high = (int(max(_source(p, size, new_size, align_corners), 0)) for p in (start - 1, min(stop, new_size)))
-    return min(low, size - 1), min(high + 2, size)
-
-
 def _up_sample(x: Tensor, size: torch.Size, align_corners: bool) -> Tensor:
-    """Without the copy that ``interpolate`` makes of a map that has the size."""
+    """Up-sample a map, without the copy that ``interpolate`` makes of one that has the size."""
     return x if x.shape[2:] == size else resize(x, size=size, mode='bilinear', align_corners=align_corners)
 
 
 def _concatenate(tensors: list[Tensor]) -> Tensor:
-    """Along the channels; a single one without the copy that ``cat`` makes."""
+    """Concatenate along the channels, without the copy that ``cat`` makes of a single tensor."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)

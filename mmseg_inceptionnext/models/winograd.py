@@ -12,22 +12,22 @@ from torch.autograd.function import once_differentiable
 # F(2×2, 3×3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv:1509.09308), Sec. 4.1.
 _G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 MIN_CHANNELS = 256  # of input and output: with fewer, the transforms cost what the products save
-_TILES = 512  # of a block: as large as the caches of a core can hold with 512 channels, or the products lose more
+_TILES = 512  # of a block: as many as the caches of a core hold with 512 channels
 
 
 def conv2d_3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``torch.nn.functional.conv2d(x, weight, bias, padding=1)`` for 3×3 kernels, faster where that is possible.
+    """Compute ``torch.nn.functional.conv2d(x, weight, bias, padding=1)`` for 3×3 kernels, faster where possible.
 
-    That is in float32 on a CPU, for many channels; cuDNN does the same by itself. In one dimension, two outputs
-    of a kernel w over inputs d are
+    That is in float32 on a CPU, for many channels; cuDNN does the same itself. In one dimension, two outputs of a
+    kernel w over inputs d are
 
         ``y = (m_0 + m_1 + m_2, m_1 - m_2 - m_3)`` with ``m = (d_0 - d_2, d_1 + d_2, d_2 - d_1, d_1 - d_3) ∘ G w``,
 
     as multiplying out shows: four products instead of six, and in two dimensions, rows first and then columns, 16
     instead of 36. For many channels each of the 16 is a matrix product over channels. Inputs and products are only
-    added and halved, so that the rounding is of the direct convolution's size: with 256 and 512 channels the largest
-    error against float64 was below 5e-7 of the largest output, the mean one 1.6 to 2 times the direct one's. Both
-    derivatives save as much: that of ``x`` is such a convolution, too.
+    added and halved, so that rounding errors are of the direct convolution's size: with 256 and 512 channels the
+    largest error against float64 was below 5e-7 of the largest output, the mean error 1.6 to 2 times the direct one's.
+    Both derivatives save as much; the one of ``x`` is such a convolution, too.
 
     Args:
         x: (N, C, H, W).
@@ -55,8 +55,8 @@ class WinogradConv2d(nn.Conv2d):
     """A plain 3×3 convolution, stride and padding 1, computed by :func:`conv2d_3x3`."""
 
     @classmethod
-    def like(cls, conv: nn.Conv2d) -> WinogradConv2d:
-        """With the parameters of another."""
+    def from_conv(cls, conv: nn.Conv2d) -> WinogradConv2d:
+        """Make one with the parameters of another convolution."""
         new = cls(conv.in_channels, conv.out_channels, 3, padding=1, device='meta')
         new.weight, new.bias = conv.weight, conv.bias
         return new
@@ -84,7 +84,7 @@ class _Winograd(torch.autograd.Function):
 
 
 def transform_weight(weight: Tensor) -> Tensor:
-    """G w Gᵀ of every kernel: (O, C, 3, 3) to (4, 4, C, O)."""
+    """Compute G w Gᵀ of every kernel: (O, C, 3, 3) to (4, 4, C, O)."""
     o, c = weight.shape[:2]
     kernels = weight.permute(2, 3, 1, 0).reshape(9, c * o)
     return (torch.kron(_G, _G) @ kernels).view(4, 4, c, o)
@@ -92,11 +92,11 @@ def transform_weight(weight: Tensor) -> Tensor:
 
 @torch.compiler.disable  # a compiler would unroll the loops, for every size anew
 def convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """The convolution, padded by 1, with a transformed weight. Not differentiable.
+    """Compute the convolution, padded by 1, with a transformed weight. Not differentiable.
 
     Args:
         x: (N, C, H, W), float32.
-        weight: (4, 4, C, O) of :func:`transform_weight`.
+        weight: (4, 4, C, O), what :func:`transform_weight` returns.
 
     Returns:
         (N, O, H, W) in channels_last.
@@ -122,7 +122,7 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
-    """Of :func:`convolve` and :func:`transform_weight`, each step transposed."""
+    """Return the gradient of the weight: :func:`transform_weight` and :func:`convolve`, each step transposed."""
     c, o, (height, width) = x.shape[1], grad.shape[1], grad.shape[2:]
     tiles = (-(-height // 2), -(-width // 2))
     grad = grad.permute(0, 2, 3, 1)
@@ -144,10 +144,10 @@ def _weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
 
 
 def _transformed(x: Tensor, tiles: tuple[int, int]) -> Iterator[tuple[int, int, Tensor]]:
-    """The transformed 4×4 inputs of all 2×2 outputs, in blocks.
+    """Yield the transformed 4×4 inputs of all 2×2 outputs, in blocks.
 
     Yields:
-        Index of the image, first row of tiles, and (4, 4, rows of tiles, tiles in a row, C), to be used at once.
+        Index of the image, first row of tiles, and (4, 4, rows of tiles, tiles in a row, C), a buffer that is reused.
     """
     n, c, height, width = x.shape
     x = x.permute(0, 2, 3, 1)

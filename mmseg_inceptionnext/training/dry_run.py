@@ -1,7 +1,8 @@
-"""What a training run will do and cost, found out by two of its iterations."""
+"""Find out what a training run will do and cost, by two of its iterations."""
 
 from __future__ import annotations
 
+import copy
 import sys
 import tempfile
 import time
@@ -13,9 +14,10 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.hooks import Hook
-from mmseg.registry import HOOKS, MODELS
+from mmseg.registry import HOOKS
 
-from mmseg_inceptionnext.measure.machine import device_name, peak_memory_mb
+from mmseg_inceptionnext.device import device_name, peak_memory_mb
+from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.training.batch import EffectiveBatch, effective_batch
 from mmseg_inceptionnext.training.runner import SafeRunner
 
@@ -25,17 +27,17 @@ class Plan:
     """A resolved schedule and its cost on this machine.
 
     Attributes:
-        parameters: Of the model.
-        batch: Images of an optimizer step.
-        iterations, done: Of the whole run, and already done by the checkpoint that it resumes.
-        training_images, validation_images: In the data sets; None without validation.
-        lr: Of each group of parameters that has another one, before the schedule.
-        schedulers: Their types with the iterations of each.
+        parameters: Number of parameters of the model.
+        batch: Images in an optimizer step.
+        iterations, done: Iterations of the whole run, and those that the resumed checkpoint has done.
+        training_images, validation_images: Size of the data sets; None without validation.
+        lr: Distinct learning rates of the parameter groups, before the schedule.
+        schedulers: Type and iterations of each parameter scheduler.
         val_interval: Iterations between validations.
-        seconds_per_iteration: Of the second one, with its data; None if none is left.
-        seconds_per_validation_image: The second time.
-        peak_memory_mb: Of the GPU, or of the process on a CPU.
-        device: Where it ran.
+        seconds_per_iteration: Time of the second iteration, with its data; None if none is left.
+        seconds_per_validation_image: Time of a validation image, the second time.
+        peak_memory_mb: Peak memory of the GPU, or of the process on a CPU, in MiB.
+        device: Name of the device.
     """
 
     parameters: int
@@ -58,7 +60,7 @@ class Plan:
 
     @property
     def validations(self) -> int:
-        """mmengine validates every ``val_interval`` iterations and after the last."""
+        """Validations that are left: one every ``val_interval`` iterations, and one after the last."""
         if self.validation_images is None:
             return 0
         last = self.iterations
@@ -66,7 +68,7 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Of what is left of the run."""
+        """Seconds that the rest of the run takes; None if nothing is left."""
         if self.seconds_per_iteration is None:
             return None
         validation = self.validations * (self.validation_images or 0) * (self.seconds_per_validation_image or 0)
@@ -101,9 +103,10 @@ def dry_run(cfg: Config, make_runner: Callable[[Config], SafeRunner]) -> Plan:
     """Build all of a run, train two iterations and validate one batch twice, once each to warm up; keep nothing.
 
     Args:
-        cfg: A whole config; it is changed.
-        make_runner: Of it.
+        cfg: Config of the run; it stays as it is.
+        make_runner: Function that builds the runner of a config.
     """
+    cfg = copy.deepcopy(cfg)
     cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='_StopwatchHook')]
     cfg.default_hooks.checkpoint = None
     cfg.log_level = 'WARNING'
@@ -112,8 +115,8 @@ def dry_run(cfg: Config, make_runner: Callable[[Config], SafeRunner]) -> Plan:
     has_validation = cfg.get('val_dataloader') is not None
     with tempfile.TemporaryDirectory() as folder:
         cfg.work_dir = folder
-        # Not of the runner's model, which may be shared with other processes.
-        parameters = sum(p.numel() for p in MODELS.build(cfg.model).parameters())
+        # Not the runner's model, of which this rank may have a share.
+        parameters = sum(p.numel() for p in build_segmentor(cfg).parameters())
         runner = make_runner(cfg)
         runner.train()
         if runner.stopped_by:
@@ -147,7 +150,7 @@ def dry_run(cfg: Config, make_runner: Callable[[Config], SafeRunner]) -> Plan:
 
 @HOOKS.register_module()
 class _StopwatchHook(Hook):
-    """Stops a run after its second iteration, and says how long each took, with the wait for its data."""
+    """Stops a run after its second iteration, and measures how long each took, with the wait for its data."""
 
     priority = 'VERY_HIGH'  # the time of other hooks' pictures is not that of an iteration
 

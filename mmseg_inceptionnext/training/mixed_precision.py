@@ -29,23 +29,26 @@ class BFloat16OptimWrapper(OptimWrapper):
             yield
 
 
-def use_mixed_precision(cfg: Config, bfloat16: bool | None = None) -> None:
-    """Train in bfloat16 where the device computes in it, else in float16 with a dynamic loss scale.
-
-    Args:
-        cfg: A config with ``optim_wrapper``.
-        bfloat16: Force one of the two.
+def check_amp(cfg: Config) -> None:
+    """Check that the config's optimizer wrapper can be replaced by one for mixed precision.
 
     Raises:
-        UserError: the config already has an optimizer wrapper of its own kind.
+        UserError: It is one of another kind already.
     """
-    wrapper = cfg.optim_wrapper
-    if wrapper.type != 'OptimWrapper':
-        raise UserError(f'--amp replaces optim_wrapper.type OptimWrapper, but the config has {wrapper.type}: drop one')
+    if (kind := cfg.optim_wrapper.type) != 'OptimWrapper':
+        raise UserError(f'amp=True replaces optim_wrapper.type OptimWrapper, but the config has {kind}: drop one')
+
+
+def amp_optim_wrapper(bfloat16: bool | None = None) -> dict:
+    """Return the settings of an optimizer wrapper for mixed precision.
+
+    Args:
+        bfloat16: True for bfloat16, False for float16 with a dynamic loss scale. Default: bfloat16 where the device
+            computes in it.
+    """
     if bfloat16 is None:
         # Since torch 2.4 older GPUs "support" bfloat16 by emulation, which is slower than float32.
         bfloat16 = get_device() != 'cuda' or torch.cuda.is_bf16_supported(including_emulation=False)
     if bfloat16:
-        wrapper.type = 'BFloat16OptimWrapper'
-    else:
-        wrapper.update(type='AmpOptimWrapper', dtype='float16', loss_scale='dynamic')
+        return dict(type='BFloat16OptimWrapper')
+    return dict(type='AmpOptimWrapper', dtype='float16', loss_scale='dynamic')

@@ -19,24 +19,24 @@ from mmengine.hooks import Hook
 from mmseg.registry import DATA_SAMPLERS, HOOKS, TRANSFORMS
 
 
-class Draw(int):
-    """An index into a data set that also says which draw of the run it is.
+class SampleDraw(int):
+    """An index into a data set that also knows its position in the run's sequence of samples.
 
     It travels from the sampler through the worker's queue into ``results['sample_idx']`` of the pipeline.
     """
 
-    def __new__(cls, index: int, seed: int, position: int) -> Draw:
+    def __new__(cls, index: int, seed: int, position: int) -> SampleDraw:
         draw = super().__new__(cls, index)
         draw.seed, draw.position = seed, position
         return draw
 
     # Wrappers such as RepeatDataset and ConcatDataset turn an index into one of the data set inside.
 
-    def __mod__(self, length: int) -> Draw:
-        return Draw(int(self) % length, self.seed, self.position)
+    def __mod__(self, length: int) -> SampleDraw:
+        return SampleDraw(int(self) % length, self.seed, self.position)
 
-    def __sub__(self, offset: int) -> Draw:
-        return Draw(int(self) - offset, self.seed, self.position)
+    def __sub__(self, offset: int) -> SampleDraw:
+        return SampleDraw(int(self) - offset, self.seed, self.position)
 
     def __getnewargs__(self) -> tuple[int, int, int]:
         return int(self), self.seed, self.position
@@ -44,26 +44,26 @@ class Draw(int):
 
 @DATA_SAMPLERS.register_module()
 class ReproducibleInfiniteSampler(InfiniteSampler):
-    """mmengine's InfiniteSampler, in the same order, yielding a :class:`Draw` for each index.
+    """mmengine's InfiniteSampler, in the same order, which yields a :class:`SampleDraw` for each index.
 
-    Positions are counted over all processes, so that they do not depend on how many there are.
+    Positions are counted over all ranks, so that they do not depend on the world size.
     """
 
-    def _infinite_indices(self) -> Iterator[Draw]:
+    def _infinite_indices(self) -> Iterator[SampleDraw]:
         for position, index in enumerate(super()._infinite_indices()):
-            yield Draw(index, self.seed, position)
+            yield SampleDraw(index, self.seed, position)
 
 
 @TRANSFORMS.register_module()
 class SeedAugmentation(BaseTransform):
-    """First transform of a training pipeline: seeds ``random`` and numpy by the sample's :class:`Draw`.
+    """First transform of a training pipeline: seeds ``random`` and numpy by the sample's :class:`SampleDraw`.
 
     A sample that was not drawn by :class:`ReproducibleInfiniteSampler` (``dataset[0]``, say) leaves them as they are.
     """
 
     def transform(self, results: dict) -> dict:
         draw = results['sample_idx']
-        if isinstance(draw, Draw):
+        if isinstance(draw, SampleDraw):
             seed = int(np.random.SeedSequence((draw.seed, draw.position)).generate_state(1)[0])
             random.seed(seed)
             np.random.seed(seed)

@@ -1,4 +1,4 @@
-"""Where a run goes on: its newest checkpoint that is whole and fits."""
+"""Find the checkpoint that a run resumes from: the newest one that is undamaged and fits."""
 
 from __future__ import annotations
 
@@ -9,26 +9,24 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper, _ParamScheduler, build_optim_wrapper
-from mmengine.registry import init_default_scope
-from mmseg.registry import MODELS
 
-from mmseg_inceptionnext.checkpoints import read_checkpoint
-from mmseg_inceptionnext.errors import UserError, summary
-from mmseg_inceptionnext.models.inceptionnext import ARCHS
-from mmseg_inceptionnext.weights import check_fits
+from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
+from mmseg_inceptionnext.errors import UserError, first_sentence
+from mmseg_inceptionnext.models.build import build_segmentor
+from mmseg_inceptionnext.models.weights import check_fits
 
-# What mmengine goes on from.
+# What mmengine resumes from.
 _PARTS = {'meta': dict, 'message_hub': dict, 'optimizer': dict, 'param_schedulers': list}
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint to go on from.
+    """A checkpoint to resume from.
 
     Attributes:
-        path: The file.
-        iteration, seed: Of the run, as it says.
-        warnings: Which newer ones cannot be used, and why.
+        path: Path of the checkpoint.
+        iteration, seed: Iteration and seed of the run that saved it.
+        warnings: Which newer checkpoints cannot be used, and why.
     """
 
     path: Path
@@ -38,17 +36,17 @@ class ResumePoint:
 
 
 def find_resume_point(cfg: Config, checkpoint: str | Path | None = None) -> ResumePoint | None:
-    """The checkpoint that a run of a config goes on from, read and compared with the config.
+    """Find the checkpoint that a run of a config resumes from; it is read and compared with the config.
 
     Args:
-        cfg: A whole config, fit to the device.
-        checkpoint: This one; by default the newest in the work dir that can be used.
+        cfg: A whole config, as the run executes it.
+        checkpoint: Path of the checkpoint. Default: the newest in the work dir that can be used.
 
     Returns:
         None if there is no checkpoint in the work dir.
 
     Raises:
-        UserError: the named one, or none of those that are there, can be used.
+        UserError: The checkpoint that is named, or all that are there, cannot be used.
     """
     warnings: list[str] = []
     candidates = [Path(checkpoint)] if checkpoint else _newest_first(Path(cfg.work_dir), warnings)
@@ -60,21 +58,21 @@ def find_resume_point(cfg: Config, checkpoint: str | Path | None = None) -> Resu
             continue
         if warnings:
             lost = max(_iteration(candidates[0]) - meta['iter'], 0)
-            warnings.append(f'going on from {path}: {lost} iterations are lost')
+            warnings.append(f'resuming from {path}: {lost} iterations are lost')
         return ResumePoint(path, meta['iter'], meta.get('seed'), warnings)
     if checkpoint and (
         others := [path for path in _newest_first(Path(checkpoint).parent, []) if path != candidates[0]]
     ):
-        warnings.append(f'--resume {others[0]} is the one before')
+        warnings.append(f'resume={str(others[0])!r} is the one before')
     if candidates:
         raise UserError('; '.join(warnings))
     return None
 
 
 def _newest_first(folder: Path, warnings: list[str]) -> list[Path]:
-    """What ``last_checkpoint`` names, though the folder may have been moved, and those before it.
+    """Return the checkpoint that ``last_checkpoint`` names, also if the folder was moved, and those before it.
 
-    Later ones are left from another run. Without a file of that name, all that are there.
+    Later ones are of another run. Without ``last_checkpoint``, return all that are there.
     """
     found = sorted(folder.glob('iter_*.pth'), key=_iteration, reverse=True)
     pointer = folder / 'last_checkpoint'
@@ -96,11 +94,13 @@ def _iteration(path: Path) -> int:
 
 
 def _read_resumable(path: Path, cfg: Config) -> dict:
-    """A checkpoint with all that a run needs, in the shapes of its model and optimizer."""
+    """Read a checkpoint, and check that it has all that a run needs, in the shapes of its model and optimizer."""
     content = read_checkpoint(path)
     lacking = [key for key, kind in _PARTS.items() if not isinstance(content.get(key), kind)]
     if lacking:
-        raise UserError(f'{path} cannot be resumed, it lacks {", ".join(lacking)}: start anew with --weights')
+        raise UserError(
+            f'{path} cannot be resumed, it lacks {", ".join(lacking)}: start anew with weights={str(path)!r}'
+        )
     iteration, epoch, seed = (content['meta'].get(key) for key in ('iter', 'epoch', 'seed'))
     if not all(isinstance(number, int) and number >= 0 for number in (iteration, epoch, seed or 0)):
         raise UserError(f'{path} cannot be resumed, it does not say at which iteration of which seed it was saved')
@@ -108,9 +108,8 @@ def _read_resumable(path: Path, cfg: Config) -> dict:
         raise UserError(
             f'{path} is of iteration {iteration}, past train_cfg.max_iters={last}: raise that, or start anew'
         )
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
-    model = MODELS.build(cfg.model)
-    check_fits(model, content, path, ARCHS)
+    model = build_segmentor(cfg)
+    check_fits(model, content, path)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     try:
         _check_optimizer(wrapper, content['optimizer'])
@@ -118,16 +117,16 @@ def _read_resumable(path: Path, cfg: Config) -> dict:
             if shadowed := set(scheduler) & set(dir(_ParamScheduler)):
                 raise ValueError(f'a scheduler has {shadowed.pop()}')
     except Exception as error:  # what is in a file can be anything
-        reason = summary(error)
+        reason = first_sentence(error)
         raise UserError(f'{path} cannot be resumed, its optimizer does not fit the config ({reason})') from error
     return content
 
 
 def _check_optimizer(wrapper: OptimWrapper, state: dict) -> None:
-    """Load it as mmengine will, and look at what torch takes as it is.
+    """Load an optimizer's state as mmengine will, and check what torch does not.
 
     Raises:
-        Exception: of any kind where it does not fit.
+        Exception: Any kind, where it does not fit.
     """
     for ours, theirs in zip(wrapper.optimizer.param_groups, state['param_groups'], strict=False):
         for key, value in ours.items():

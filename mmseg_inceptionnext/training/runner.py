@@ -1,48 +1,50 @@
-"""mmengine's Runner for days on shared machines: whole checkpoints, signals, workers that die, disks that are full."""
+"""mmengine's runners, made to survive kills, signals, dead workers and full disks."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
+from mmengine.device import get_device
 from mmengine.dist import is_main_process
-from mmengine.hooks import LoggerHook
-from mmengine.runner import BaseLoop, FlexibleRunner, Runner
-from mmseg.registry import RUNNERS
+from mmengine.hooks import CheckpointHook, Hook, LoggerHook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import BaseLoop, FlexibleRunner, Runner, ValLoop
+from mmseg.registry import HOOKS, LOOPS, RUNNERS
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mmseg_inceptionnext.data.guard import CurrentFiles, guard
-from mmseg_inceptionnext.errors import BadSample, UserError, one_line, summary
-from mmseg_inceptionnext.files import FULL_DISK, whole_file
-from mmseg_inceptionnext.training.checkpoint_hook import SafeCheckpointHook
-from mmseg_inceptionnext.training.stop_signal import (
-    StopOnSignalHook,
-    StopSignal,
-    any_process,
-    notice_dead_workers_later,
-    outlive_signals,
-)
+from mmseg_inceptionnext.data.guard import CurrentFiles, guard_pipelines
+from mmseg_inceptionnext.distributed import any_rank
+from mmseg_inceptionnext.errors import BadSample, UserError, first_sentence, one_line
+from mmseg_inceptionnext.files import DISK_FULL_ERRNOS, atomic_write
+from mmseg_inceptionnext.models.build import build_segmentor
+from mmseg_inceptionnext.training.hooks.checkpoint import SafeCheckpointHook
+from mmseg_inceptionnext.training.hooks.stop_on_signal import StopOnSignalHook
+from mmseg_inceptionnext.training.signals import StopSignal, defer_worker_death, ignore_signals_in_worker
 
 
-class Safety:
-    """What makes one of mmengine's runners lose nothing that it has computed.
+class FaultTolerantMixin:
+    """Makes one of mmengine's runners lose nothing that it has computed.
 
-    - A checkpoint is written beside its place, flushed to the disk, and renamed.
-    - SIGTERM, SIGUSR1 and Ctrl-C end a training between two iterations, with a checkpoint.
-    - A file of the data set that cannot be used ends it in the same way and is named; with ``skip_bad_images`` in the
-      config, training images that cannot be read are replaced by others. Of a worker that dies, the file is named.
-    - A full disk costs logs and pictures, and not the run.
+    - Checkpoints are written atomically, and are on the disk before older ones are removed.
+    - SIGTERM, SIGUSR1 and Ctrl-C stop a training between two iterations, with a checkpoint.
+    - A file of the data set that cannot be used stops it in the same way and is named; with ``skip_bad_images`` in the
+      config, training images that cannot be read are replaced by others. If a worker dies, its file is named.
+    - A full disk costs logs and pictures, but does not stop the run.
+
+    Where a config names mmengine's CheckpointHook or ValLoop, or leaves them to mmengine, :class:`SafeCheckpointHook`
+    and :class:`TolerantValLoop` take their place; the config that is saved says what it said.
 
     Attributes:
-        stop_signal: What this process has received.
-        stopped_by (str | None): What has ended the training early, if that was a signal.
-        resumed_from (str | None): The checkpoint that it goes on from.
-        skipped_images (Path): Names the training images that were replaced, a line each time.
+        stop_signal: The signal that this process has received.
+        stopped_by (str | None): The signal that has stopped the training early, if one has.
+        resumed_from (str | None): Path of the checkpoint that the run resumes from.
+        skipped_images (Path): File that lists the training images that were replaced, a line each time.
     """
 
     def __init__(self, *args, **kwargs):
@@ -55,8 +57,8 @@ class Safety:
     def resumed_from(self) -> str | None:
         return self._load_from if self._resume else None
 
-    def go_on_from(self, checkpoint: str) -> None:
-        """Resume from a checkpoint when the training begins; the config, which outlives the run, says nothing of it."""
+    def resume_from(self, checkpoint: str) -> None:
+        """Resume from a checkpoint when the training begins; the config, which the run saves, does not name it."""
         self._load_from, self._resume = checkpoint, True
 
     @property
@@ -67,122 +69,150 @@ class Safety:
         """Run the training loop.
 
         Raises:
-            UserError: a file of the data set cannot be used, a data-loading worker has died, or another process of the
-                run; or a batch norm has a single value.
+            UserError: A file of the data set cannot be used, a data-loading worker or another rank has died, or a batch
+                norm has a single value.
         """
+        super().dump_config()
+        if isinstance(self.model, dict):  # FlexibleRunner would leave it to its strategy
+            self.model = self.build_model(self.model)
+        if self._load_from:
+            # All weights come from the checkpoint: pretrained ones need not be fetched only to be overwritten.
+            (self.model.module if is_model_wrapper(self.model) else self.model).backbone.init_cfg = None
         try:
-            with self.stop_signal, self.noticing_dead_processes():
+            with self.stop_signal, self.noticing_dead_ranks():
                 return super().train()
         except BadSample as error:
-            # Data are fetched between iterations, by all processes together: the weights are those of a whole one.
+            # Data are fetched between iterations, by all ranks together: the weights are those of a complete iteration.
             kept = self.save_now(self.iter)
-            raise UserError(f'{one_line(error)}; {kept}: mend that, then --resume') from error
+            raise UserError(f'{one_line(error)}; {kept}: fix it, then start again with resume=True') from error
         except ValueError as error:
             if 'more than 1 value per channel' not in str(error):  # torch's batch norms
                 raise
             raise UserError(
-                'a head pools the one image of a process to 1×1, of which a batch norm has no statistics: '
-                'set train_dataloader.batch_size to 2 or more; several GPUs (SyncBN) can do with one image each'
+                'a head pools the only image of a process to 1×1, which gives a batch norm no statistics: set '
+                'train_dataloader.batch_size to 2 or more; with several GPUs (SyncBN), one image each is enough'
             ) from error
 
+    def dump_config(self) -> None:
+        """Do nothing when mmengine calls this: a test must not replace the config of the training in its work dir."""
+
     def test(self) -> dict:
-        """Run the test loop; a data-loading worker that dies is a UserError that names its file."""
-        with self.naming_files_of_dead_workers(), self.noticing_dead_processes():
+        """Run the test loop.
+
+        Raises:
+            UserError: A data-loading worker has died, whose file is named, or another rank.
+        """
+        with self.naming_files_of_dead_workers(), self.noticing_dead_ranks():
             return super().test()
 
     def stop_if_asked(self, iteration: int) -> None:
-        """Save a checkpoint and end the training loop if a signal asks any process to; all call this together.
+        """Save a checkpoint and stop the training loop if any rank has received a signal; all ranks call this together.
 
         Args:
-            iteration: How many are done.
+            iteration: Number of iterations that are done.
         """
-        if any_process(bool(self.stop_signal.received)):
+        if any_rank(bool(self.stop_signal.received)):
             received = self.stop_signal.received
             self.stopped_by = received.name if received else 'a signal to another process'
             self.logger.info(f'Asked to stop after iteration {iteration}; {self.save_now(iteration)}')
             self.train_loop.stop_training = True
 
     def save_now(self, iteration: int) -> str:
-        """Save a checkpoint outside the intervals, if there is a hook that saves them; say which is the last."""
-        if self._checkpoint_hook and iteration > 0:
-            self._checkpoint_hook.save(self, iteration)
+        """Save a checkpoint outside the intervals, if there is a hook for it; return which is the last, in words."""
+        if self.checkpoint_hook and iteration > 0:
+            self.checkpoint_hook.save(self, iteration)
         return self.last_checkpoint
 
     @property
     def last_checkpoint(self) -> str:
-        """Which it is, in words."""
-        path = self._checkpoint_hook and self._checkpoint_hook.last_ckpt
+        """Which checkpoint of this run is the last, in words."""
+        path = self.checkpoint_hook and self.checkpoint_hook.last_ckpt
         return f'the last checkpoint is {path}' if path else 'there is no checkpoint of this run'
 
     @property
-    def _checkpoint_hook(self) -> SafeCheckpointHook | None:
+    def checkpoint_hook(self) -> SafeCheckpointHook | None:
+        """The hook that saves the run's checkpoints, if there is one."""
         return next((hook for hook in self.hooks if isinstance(hook, SafeCheckpointHook)), None)
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
-        """mmengine's, whose file is whole on the disk, or not there.
+        """Save a checkpoint as mmengine does, but atomically.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: It cannot be written.
         """
         if '://' in str(out_dir) or not is_main_process():
-            # A store puts whole objects; and the other processes write nothing, but may hold parts of the weights.
+            # Object stores are atomic; and the other ranks write nothing, but may hold a share of the weights.
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
         else:
-            with whole_file(Path(out_dir, filename), durable=True) as partial_file:
+            with atomic_write(Path(out_dir, filename), durable=True) as partial_file:
                 super().save_checkpoint(str(out_dir), partial_file.name, *args, **kwargs)
 
     def resume(self, filename: str, *args, **kwargs) -> None:
-        """Go on from a checkpoint.
+        """Load weights, optimizer, schedulers and message hub from a checkpoint.
 
         Raises:
-            UserError: what it holds besides weights is damaged.
+            UserError: What it holds besides weights is damaged.
         """
         try:
             super().resume(filename, *args, **kwargs)
         except UserError:
             raise
         except Exception as error:  # what is in a file can be anything
-            reason = f'{type(error).__name__}: {summary(error)}'
-            raise UserError(f'{filename} cannot be resumed ({reason}): start anew, or from another') from error
+            reason = f'{type(error).__name__}: {first_sentence(error)}'
+            raise UserError(f'{filename} cannot be resumed ({reason}): start anew, or from another one') from error
+
+    def build_model(self, model: dict | nn.Module) -> nn.Module:
+        """Build the segmentor of the config."""
+        return model if isinstance(model, nn.Module) else build_segmentor(self.cfg)
 
     def build_dataloader(self, dataloader: dict | DataLoader, *args, **kwargs) -> DataLoader:
-        """mmengine's, whose data set names its files on failure, and whose workers leave signals to this process."""
+        """Build mmengine's; its data set names its files on failure, its workers leave signals to this process."""
         training = dataloader is self._train_dataloader
         loader = super().build_dataloader(dataloader, *args, **kwargs)
         current = CurrentFiles(loader.num_workers)
         self._current_files.append(current)
         skip = training and self.cfg.get('skip_bad_images', False)
-        guard(loader.dataset, current, self.skipped_images if skip else None)
+        guard_pipelines(loader.dataset, current, self.skipped_images if skip else None)
         loader.worker_init_fn = partial(_init_worker, then=loader.worker_init_fn)
         return loader
 
     def build_train_loop(self, loop: dict | BaseLoop) -> BaseLoop:
-        """mmengine's, whose processes stop together where one of them has no data."""
+        """Build mmengine's, whose ranks stop together where one of them has no data."""
         loop = super().build_train_loop(loop)
-        notice_dead_workers_later()  # mmengine 0.10.7 has started them here
+        defer_worker_death()  # mmengine 0.10.7 has started the workers by now
         loop.dataloader_iterator = _CommonBatches(loop.dataloader_iterator, self)
         return loop
+
+    def build_val_loop(self, loop: dict | BaseLoop) -> BaseLoop:
+        if isinstance(loop, dict) and LOOPS.get(loop.get('type', 'ValLoop')) is ValLoop:
+            loop = dict(loop, type='TolerantValLoop')
+        return super().build_val_loop(loop)
+
+    def register_hook(self, hook: dict | Hook, *args, **kwargs) -> None:
+        if isinstance(hook, dict) and HOOKS.get(hook['type']) is CheckpointHook:
+            hook = dict(hook, type='SafeCheckpointHook')
+        super().register_hook(hook, *args, **kwargs)
 
     def register_hooks(self, *args, **kwargs) -> None:
         super().register_hooks(*args, **kwargs)
         self.register_hook(StopOnSignalHook())
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
-        """Call a method of every hook; while it trains, one that finds the disk full is reported and passed over."""
+        """Call a method of every hook; in training, one that fails because the disk is full is logged and skipped."""
         for hook in self.hooks:
             if fn_name == 'after_test_epoch' and isinstance(hook, LoggerHook) and not is_main_process():
-                continue  # every process would write the same file
+                continue  # every rank would write the same file
             try:
                 if hasattr(hook, fn_name):
                     getattr(hook, fn_name)(self, **kwargs)
             except OSError as error:
-                if error.errno not in FULL_DISK or 'test' in fn_name:
+                if error.errno not in DISK_FULL_ERRNOS or 'test' in fn_name:
                     raise
                 self.logger.error(f'{type(hook).__name__} cannot write: {error.strerror}')
 
     @contextmanager
-    def noticing_dead_processes(self) -> Iterator[None]:
-        """What waits for another process of the run fails when that ends; gloo has no exception of its own for it."""
+    def noticing_dead_ranks(self) -> Iterator[None]:
+        """Turn the failure to communicate with another rank into a UserError; gloo raises a plain RuntimeError."""
         try:
             yield
         except RuntimeError as error:
@@ -190,19 +220,21 @@ class Safety:
                 raise
             raise UserError(
                 f'process {self.rank} of {self.world_size} has lost another one, whose message says why '
-                f'({summary(error)}); {self.last_checkpoint}: start again with --resume'
+                f'({first_sentence(error)}); {self.last_checkpoint}: start again with resume=True'
             ) from error
 
     @contextmanager
     def naming_files_of_dead_workers(self) -> Iterator[None]:
-        """torch says which process has died, and of what."""
+        """Turn the death of a data-loading worker, of which torch gives the process id, into a BadSample."""
         try:
             yield
         except RuntimeError as error:
             dead = re.search(r'DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(.*)', str(error))
             if dead is None:
                 raise
-            files = {current.of(int(pid)) for pid in dead[1].split(', ') for current in self._current_files} - {None}
+            files = {current.of_process(int(pid)) for pid in dead[1].split(', ') for current in self._current_files} - {
+                None
+            }
             raise BadSample(
                 f'a data-loading worker {dead[2].strip(" .")}, on {", ".join(files) or "no file yet"}: it may have run '
                 'out of memory (fewer workers need less), or the file is bad'
@@ -210,19 +242,31 @@ class Safety:
 
 
 @RUNNERS.register_module()
-class SafeRunner(Safety, Runner):
-    """mmengine's Runner, see :class:`Safety`."""
+class SafeRunner(FaultTolerantMixin, Runner):
+    """mmengine's Runner, see :class:`FaultTolerantMixin`."""
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """Wrap the model as mmengine does, on CPUs too, for which it has no default."""
+        if self.distributed and get_device() == 'cpu':
+            model_wrapper_cfg = {
+                'type': 'MMDistributedDataParallel',
+                'broadcast_buffers': False,
+                'find_unused_parameters': self.cfg.get('find_unused_parameters', False),
+                **(model_wrapper_cfg or {}),
+                'device_ids': None,
+            }
+        return super().wrap_model(model_wrapper_cfg, model)
 
 
 @RUNNERS.register_module()
-class SafeFlexibleRunner(Safety, FlexibleRunner):
-    """mmengine's FlexibleRunner, which leaves models and optimizers to a strategy; see :class:`Safety`."""
+class SafeFlexibleRunner(FaultTolerantMixin, FlexibleRunner):
+    """mmengine's FlexibleRunner, which hands model and optimizer to a strategy; see :class:`FaultTolerantMixin`."""
 
 
 class _CommonBatches:
-    """An iterator over batches that fails in all processes of a run if it fails in one."""
+    """An iterator over batches that fails on all ranks if it fails on one."""
 
-    def __init__(self, batches: Iterator, runner: Safety):
+    def __init__(self, batches: Iterator, runner: FaultTolerantMixin):
         self.batches, self.runner = batches, runner
 
     def __next__(self):
@@ -232,7 +276,7 @@ class _CommonBatches:
                 batch = next(self.batches)
         except BadSample as error:
             failure = error
-        if any_process(failure is not None):
+        if any_rank(failure is not None):
             raise failure or BadSample('another process of the run cannot go on')
         return batch
 
@@ -240,7 +284,7 @@ class _CommonBatches:
         return getattr(self.batches, name)
 
 
-def _init_worker(worker_id: int, then) -> None:
-    outlive_signals()
+def _init_worker(worker_id: int, then: Callable | None) -> None:
+    ignore_signals_in_worker()
     if then is not None:
         then(worker_id)

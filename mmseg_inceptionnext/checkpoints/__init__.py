@@ -1,0 +1,1 @@
+"""Read checkpoints without running code from them, also where mmengine reads them."""

@@ -1,0 +1,98 @@
+"""Pipeline transforms that refuse bad files, and the sentences that say what is wrong with an annotation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from mmcv.transforms import BaseTransform
+from mmseg.registry import TRANSFORMS
+from PIL import Image
+
+from mmseg_inceptionnext.errors import BadSample, UnreadableFile
+from mmseg_inceptionnext.images import read_image
+from mmseg_inceptionnext.labels import IGNORED_LABEL
+
+# LoadAnnotations squeezes what it reads.
+THIN_FAULT = 'is one pixel wide or high: correct the annotation'
+
+
+@TRANSFORMS.register_module()
+class ReadImage(BaseTransform):
+    """mmseg's LoadImageFromFile for local files, which uses :func:`~mmseg_inceptionnext.images.read_image`.
+
+    OpenCV, which mmseg uses, fills the missing part of a truncated JPEG with grey and reports nothing. The pixels of
+    undamaged files are the same.
+
+    Raises:
+        UnreadableFile: Naming the file and what is wrong with it.
+    """
+
+    def transform(self, results: dict) -> dict:
+        image = cv2.cvtColor(read_image(results['img_path']), cv2.COLOR_RGB2BGR)
+        shape = image.shape[:2]
+        if 1 in shape and results.get('seg_map_path'):  # LoadAnnotations squeezes its annotation
+            raise UnreadableFile(f'{results["img_path"]} is {shape[1]}×{shape[0]}: too thin to be trained or tested on')
+        results.update(img=image, img_shape=shape, ori_shape=shape)
+        return results
+
+
+@TRANSFORMS.register_module()
+class CheckAnnotation(BaseTransform):
+    """Stands after LoadAnnotations and stops on a label map that would fail later, or be trained on wrongly.
+
+    On a GPU, a label out of range ends in a device-side assert that names no file.
+
+    Args:
+        num_classes: Labels 0 … num_classes - 1 are valid, and 255 is ignored.
+
+    Raises:
+        BadSample: Naming the file, if it has several channels, another size than its image, or other labels.
+    """
+
+    def __init__(self, num_classes: int):
+        self.num_classes = num_classes
+
+    def transform(self, results: dict) -> dict:
+        labels, path = results['gt_seg_map'], results['seg_map_path']
+        with Image.open(path) as stored:  # LoadAnnotations has cast it to 8 bits, whatever it was
+            if fault := depth_fault(stored):
+                raise BadSample(f'{path} {fault}')
+        if labels.ndim < 2:
+            raise BadSample(f'{path} {THIN_FAULT}')
+        if labels.ndim > 2:
+            raise BadSample(f'{path} {channels_fault(labels.shape[2])}')
+        if labels.shape != tuple(results['ori_shape']):
+            raise BadSample(f'{path} {size_fault(labels.shape[::-1], results["img_path"], results["ori_shape"][::-1])}')
+        present = np.flatnonzero(np.bincount(labels.ravel()))
+        wrong = [int(label) for label in present if self.num_classes <= label != IGNORED_LABEL]
+        if wrong:
+            shift = int(results['reduce_zero_label'])
+            raise BadSample(f'{path} {label_fault(wrong[0] + shift, self.num_classes, shift)}')
+        return results
+
+
+def depth_fault(stored: Image.Image) -> str | None:
+    """Say what is wrong with an annotation whose labels do not fit into 8 bits; None if they do."""
+    if stored.mode[0] in 'IF' and stored.getextrema()[1] > 255:
+        return f'has label {stored.getextrema()[1]}: an annotation has 8 bits'
+    return None
+
+
+def channels_fault(channels: int) -> str:
+    """Say what is wrong with an annotation of several channels."""
+    return f'has {channels} channels: an annotation has one, which holds class ids'
+
+
+def size_fault(size: Sequence[int], image: str, image_size: Sequence[int]) -> str:
+    """Say that an annotation has another size than its image; sizes are (width, height)."""
+    return f'is {size[0]}×{size[1]}, but {image} is {image_size[0]}×{image_size[1]}'
+
+
+def label_fault(label: int, num_classes: int, first: int) -> str:
+    """Say that a label, as it is in the file, is out of range; the first class has label ``first`` there."""
+    return (
+        f'has label {label}, outside {first} … {num_classes - 1 + first} of {num_classes} classes: '
+        'correct the annotation, or set num_classes'
+    )

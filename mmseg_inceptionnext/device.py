@@ -1,0 +1,45 @@
+"""Find a device, name it and measure its memory."""
+
+from __future__ import annotations
+
+import re
+import resource
+from pathlib import Path
+
+import torch
+from mmengine.device import get_device
+
+from mmseg_inceptionnext.errors import UserError
+
+
+def find_device(name: str | torch.device | None = None) -> torch.device:
+    """Return the device of a name; without one, a GPU if there is one.
+
+    Raises:
+        UserError: The device cannot be used here.
+    """
+    try:
+        device = torch.device(name if name is not None else get_device())
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # what torch raises for a wrong name or an absent device
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f'device={str(name)!r} cannot be used here ({reason}): choose cpu, or leave it out') from error
+    return device
+
+
+def device_name(device: str) -> str:
+    """Return the GPU's name for 'cuda'; other devices go by the name that torch gives them."""
+    return torch.cuda.get_device_name() if device == 'cuda' else device
+
+
+def peak_memory_mb(device: str) -> float:
+    """Return the peak memory in MiB: allocated by torch on a GPU, resident in this process on a CPU.
+
+    Linux's ``ru_maxrss`` starts with the size that the parent had when it started this process; /proc does not.
+    """
+    if device == 'cuda':
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path('/proc/self/status')
+    if status.is_file() and (found := re.search(r'VmHWM:\s*(\d+) kB', status.read_text())):
+        return int(found[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

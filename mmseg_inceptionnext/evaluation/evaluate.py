@@ -1,0 +1,135 @@
+"""Run the test loop of a config: mIoU, mean and overall accuracy, IoU and accuracy of each class."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.dist import is_main_process
+from mmengine.evaluator import BaseMetric
+from mmengine.model import is_model_wrapper
+from mmseg.models.segmentors import EncoderDecoder
+from torch import nn
+
+from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
+from mmseg_inceptionnext.config import require
+from mmseg_inceptionnext.data.check import check_data
+from mmseg_inceptionnext.data.pipeline import missing_ground_truth, remove_ground_truth, use_multi_scale
+from mmseg_inceptionnext.distributed import init_process_group
+from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.evaluation.metrics import ConfusionMetric, PerClassIoUMetric
+from mmseg_inceptionnext.evaluation.report import write_report
+from mmseg_inceptionnext.inference.multi_scale_segmentor import MultiScaleSegmentor
+from mmseg_inceptionnext.inference.optimize import optimize_for_inference
+from mmseg_inceptionnext.models.weights import load_segmentor
+from mmseg_inceptionnext.training.runner import SafeRunner
+
+
+def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None, show_dir: str | Path | None = None,
+             fast: bool = True, tta: bool = False, report: str | Path | None = None,
+             report_images: int = 5, need_figures: bool = True) -> dict | None:  # fmt: skip
+    """Run the test loop of a config.
+
+    Args:
+        cfg: A whole config, with ``work_dir`` set; it stays as it is.
+        checkpoint: Path of a segmentor trained with the config; every key and shape must agree.
+        out: Folder for predicted label maps, as PNGs in the coding of the data set's annotations.
+        show_dir: Folder for pictures of image, ground truth and prediction.
+        fast: Evaluate what :func:`~mmseg_inceptionnext.inference.optimize_for_inference` makes of the model.
+        tta: Multi-scale test with mirror images, see :func:`~mmseg_inceptionnext.data.pipeline.use_multi_scale`.
+        report: Folder for a page of metrics and pictures, see :mod:`mmseg_inceptionnext.evaluation.report`.
+        report_images: Number of the worst, the median and the best images that the page shows.
+        need_figures: Stop at once if there is no ground truth. Otherwise predict without it, for ``out`` or
+            ``show_dir``. There is none if the config has ``test_evaluator.format_only`` or no ``seg_map_path``, or if
+            that folder does not exist.
+
+    Returns:
+        ``{'mIoU', 'mAcc', 'aAcc', 'per_class': {name: {'IoU', 'Acc'}}}`` in percent; IoU is None for a class that is
+        neither in the ground truth nor predicted, Acc for one that is not in the ground truth. Without ground truth,
+        None instead of the dict.
+
+    Raises:
+        UserError: The data set, the checkpoint or the metric cannot be read or does not fit the config.
+    """
+    require(cfg, 'model', 'test_dataloader', 'test_evaluator', 'test_cfg')
+    cfg = copy.deepcopy(cfg)
+    metric_cfg = _iou_metric(cfg)
+    no_truth = missing_ground_truth(cfg.test_dataloader.dataset)
+    if no_truth is None and metric_cfg.get('format_only'):
+        no_truth = 'test_evaluator.format_only is set'
+    if no_truth:
+        remove_ground_truth(cfg.test_dataloader.dataset)
+        if need_figures:
+            check_data(cfg, 'test')  # images or the whole data set may be missing, too
+            raise UserError(f'{no_truth}, so there are no figures: ask for out=DIR or show_dir=DIR alone, or fix that')
+        metric_cfg.format_only = True
+    if tta:
+        use_multi_scale(cfg.test_dataloader.dataset)
+    check_data(cfg, 'test')
+    content = read_checkpoint(checkpoint)
+    init_process_group(cfg.get('launcher', 'none'), cfg.get('env_cfg', {}).get('dist_cfg'))
+    if out is not None:
+        metric_cfg.output_dir = str(out)
+    elif no_truth:
+        cfg.test_evaluator = []  # pictures alone
+    if report is not None:
+        cfg.test_evaluator = [*_listed(cfg.test_evaluator), dict(type='ConfusionMetric')]
+    if show_dir is not None:
+        cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='OverlayHook', out_dir=str(show_dir))]
+
+    cfg.update(resume=False, load_from=None)  # the config may be one that a resumed run has written
+    runner = SafeRunner.from_cfg(cfg)
+    load_segmentor(runner.model, content, checkpoint)
+    if is_model_wrapper(runner.model):
+        runner.model.module = _prepared(runner.model.module, fast, tta)
+    else:
+        runner.model = _prepared(runner.model, fast, tta)
+    if out is not None or show_dir is not None:
+        _check_names_differ(runner.test_dataloader.dataset)
+    runner.test()
+    if no_truth:
+        return None
+    figures = _metric(runner, PerClassIoUMetric).figures
+    if report is not None and is_main_process():
+        images = _metric(runner, ConfusionMetric).images
+        write_report(report, figures, images, runner.test_dataloader.dataset.metainfo, cfg, checkpoint, report_images)
+    return figures
+
+
+def _metric(runner: SafeRunner, kind: type) -> BaseMetric:
+    return next(metric for metric in runner.test_evaluator.metrics if isinstance(metric, kind))
+
+
+def _listed(evaluator: dict | list) -> list:
+    return evaluator if isinstance(evaluator, list) else [evaluator]
+
+
+def _prepared(segmentor: nn.Module, fast: bool, tta: bool) -> nn.Module:
+    """Return what is evaluated instead of a trained segmentor."""
+    if not isinstance(segmentor, EncoderDecoder):  # mmseg has others, whose parts have other names
+        if tta:
+            raise UserError(f'tta=True is for an EncoderDecoder, the model is a {type(segmentor).__name__}: drop it')
+        return segmentor
+    if fast:
+        segmentor = optimize_for_inference(segmentor)
+    return MultiScaleSegmentor(segmentor) if tta else segmentor
+
+
+def _iou_metric(cfg: Config) -> dict:
+    """Return the config of the IoU metric, after ours has replaced mmseg's own."""
+    for metric in _listed(cfg.test_evaluator):
+        if metric.type in ('IoUMetric', 'PerClassIoUMetric'):
+            metric.type = 'PerClassIoUMetric'
+            metric.iou_metrics = ['mIoU', *(name for name in metric.get('iou_metrics', []) if name != 'mIoU')]
+            return metric
+    raise UserError("test_evaluator has no IoU metric: add dict(type='PerClassIoUMetric', iou_metrics=['mIoU'])")
+
+
+def _check_names_differ(dataset) -> None:
+    """Check that no two images have the same name: what is written for an image is named after it."""
+    paths: dict[str, str] = {}
+    for i in range(len(dataset)):
+        path = dataset.get_data_info(i)['img_path']
+        if (other := paths.setdefault(Path(path).stem, path)) != path:
+            raise UserError(f'{other} and {path} have the same name, and so would what is written for them: rename one')

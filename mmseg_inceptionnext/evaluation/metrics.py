@@ -1,0 +1,134 @@
+"""Metrics: IoU and accuracy of each class, and which class was taken for which."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from mmengine.evaluator import BaseMetric
+from mmseg.evaluation import IoUMetric
+from mmseg.registry import METRICS
+from PIL import Image
+
+from mmseg_inceptionnext.labels import IGNORED_LABEL
+
+# The metrics of a whole test set, in percent, with their names for people.
+HEADLINE = {'mIoU': 'mean IoU', 'mAcc': 'mean accuracy', 'aAcc': 'pixel accuracy'}
+
+
+@METRICS.register_module()
+class PerClassIoUMetric(IoUMetric):
+    """mmseg's IoUMetric, which also keeps the IoU and accuracy of each class.
+
+    Attributes:
+        figures (dict): After an evaluation, what :func:`~mmseg_inceptionnext.evaluation.evaluate` returns; on rank 0
+            alone.
+    """
+
+    figures: dict = {}
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        metrics = super().compute_metrics(results)
+        if not self.format_only:
+            ratios = self.total_area_to_metrics(*(sum(areas) for areas in zip(*results, strict=True)), ['mIoU'])
+            names = (name.strip() for name in self.dataset_meta['classes'])
+            self.figures = {
+                **{key: _rounded(metrics[key]) for key in HEADLINE},
+                'per_class': {
+                    name: {'IoU': _rounded(100 * iou), 'Acc': _rounded(100 * acc)}
+                    for name, iou, acc in zip(names, ratios['IoU'], ratios['Acc'], strict=True)
+                },
+            }
+        return metrics
+
+
+def _rounded(percent: float) -> float | None:
+    """Round to two decimals, as mmseg prints; None stands for NaN, which JSON lacks."""
+    return None if np.isnan(percent) else round(float(percent), 2)
+
+
+@dataclass(frozen=True)
+class EvaluatedImage:
+    """One test image: its label maps, and how many pixels of each class were predicted as which.
+
+    Attributes:
+        path: Path of the image.
+        truth_png, prediction_png: Label maps at the size of the image, as PNG files; IGNORED_LABEL where unlabelled.
+        pairs: (K, 3) int64: true class, predicted class, pixels. Pairs without pixels are left out.
+    """
+
+    path: str
+    truth_png: bytes
+    prediction_png: bytes
+    pairs: np.ndarray
+
+    @property
+    def miou(self) -> float:
+        """Mean IoU in percent over the classes that the image has in truth or prediction; NaN if all is unlabelled."""
+        size = int(self.pairs[:, :2].max(initial=-1)) + 1
+        return float(np.nanmean(ious(total_confusion([self], size)))) if size else np.nan
+
+    @property
+    def aacc(self) -> float:
+        """Percentage of the labelled pixels that are right; NaN if there are none."""
+        right = self.pairs[self.pairs[:, 0] == self.pairs[:, 1], 2].sum()
+        return float(100 * right / self.pairs[:, 2].sum()) if len(self.pairs) else np.nan
+
+
+@METRICS.register_module()
+class ConfusionMetric(BaseMetric):
+    """Keeps an :class:`EvaluatedImage` for each test image; mmseg's IoUMetric keeps only areas.
+
+    Attributes:
+        images (list): All images, after an evaluation; on rank 0 alone.
+    """
+
+    images: Sequence[EvaluatedImage] = ()
+
+    def process(self, data_batch, data_samples: Sequence[dict]) -> None:
+        for sample in data_samples:
+            truth, prediction = (
+                sample[key]['data'].squeeze(0).cpu().numpy().astype(np.uint8) for key in ('gt_sem_seg', 'pred_sem_seg')
+            )
+            self.results.append(
+                EvaluatedImage(sample['img_path'], _png(truth), _png(prediction), confused_pairs(truth, prediction))
+            )
+
+    def compute_metrics(self, results: list[EvaluatedImage]) -> dict:
+        self.images = results
+        return {}
+
+
+def confused_pairs(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Count the pixels of each pair of true and predicted class in two (H, W) uint8 label maps; skip unlabelled ones.
+
+    Returns:
+        (K, 3) int64: true class, predicted class, pixels.
+    """
+    labelled = truth != IGNORED_LABEL
+    pixels = np.bincount(truth[labelled].astype(np.int64) * 256 + prediction[labelled], minlength=1)
+    codes = np.flatnonzero(pixels)
+    return np.stack([codes // 256, codes % 256, pixels[codes]], axis=1)
+
+
+def total_confusion(images: Sequence[EvaluatedImage], num_classes: int) -> np.ndarray:
+    """Return (num_classes, num_classes) int64: pixels of a true class (row) that were predicted as a class (column)."""
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    for image in images:
+        np.add.at(confusion, (image.pairs[:, 0], image.pairs[:, 1]), image.pairs[:, 2])
+    return confusion
+
+
+def ious(confusion: np.ndarray) -> np.ndarray:
+    """Return the IoU of each class in percent; NaN for a class that is neither in the truth nor predicted."""
+    hit = confusion.diagonal()
+    union = confusion.sum(0) + confusion.sum(1) - hit
+    return np.divide(100 * hit, union, out=np.full(len(hit), np.nan), where=union > 0)
+
+
+def _png(labels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(labels).save(file, 'png')
+    return file.getvalue()

@@ -1,0 +1,246 @@
+"""Write a trained segmentor into one file, ONNX or torch.export's, and compare the two before it is kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mmseg
+import numpy as np
+import torch
+from mmcv.transforms import Compose
+from mmengine.config import Config
+from mmseg.models.segmentors import EncoderDecoder
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from mmseg_inceptionnext.data.pipeline import leaf_datasets, pipeline_for_arrays
+from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.export.exportable import ExportableSegmentor
+from mmseg_inceptionnext.files import atomic_write
+from mmseg_inceptionnext.images import read_image
+from mmseg_inceptionnext.inference.onnx_model import Contract, OnnxModel, check_resize, import_onnx, is_onnx
+from mmseg_inceptionnext.inference.segmentor import load_trained
+from mmseg_inceptionnext.models.build import LARGEST_STRIDE
+from mmseg_inceptionnext.version import __version__
+
+# How far a logit may be from mmseg's, relative to the largest. Half precision has 11 bits and rounds in every layer.
+TOLERANCES = {'fp32': 1e-4, 'fp16': 1e-2}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How a file compares with the segmentor that it was made from.
+
+    Attributes:
+        images: Number of images that were run through both.
+        error: Largest deviation of a logit, relative to the largest logit. For labels, half of what the logit of the
+            chosen class lacks to the largest one.
+        differing: Share of pixels whose labels differ. They are ties: the deviation explains them.
+    """
+
+    images: int
+    error: float
+    differing: float
+
+
+def export(
+    config: str | Path | Config,
+    checkpoint: str | Path,
+    out: str | Path,
+    shape: tuple[int, int] = (512, 512),
+    dynamic: bool = False,
+    labels: bool = False,
+    dtype: str = 'uint8',
+    precision: str = 'fp32',
+    verify: int = 3,
+    images: Sequence[str | Path] = (),
+    classes: str | Path | None = None,
+) -> Verification:
+    """Write a segmentor into a file that needs neither this package nor mmseg, and compare what both compute.
+
+    Args:
+        config, checkpoint, classes: Arguments of :class:`~mmseg_inceptionnext.Segmentor`.
+        out: Path of the file: ``.onnx``, or ``.pt2`` for a program of torch.export. It is kept if the comparison
+            succeeds.
+        shape: Height and width of the images.
+        dynamic: Leave open the size, of at least 32 pixels a side, and the number of images.
+        labels: Return labels, not logits; :class:`~mmseg_inceptionnext.inference.onnx_model.Contract` has their shapes.
+        dtype: Dtype of the input, 'uint8' or 'float32', of the same values.
+        precision: 'fp32', or 'fp16' for weights and arithmetic in half precision.
+        verify: Number of random images to compare on, of several sizes if ``dynamic``.
+        images: Image files to compare on as well, resized as by the config's test pipeline, or to ``shape``.
+
+    Raises:
+        UserError: The segmentor or its test pipeline cannot be exported; the size is too small; there is nothing to
+            compare on; the result deviates by more than :data:`TOLERANCES`; onnx, onnxscript or onnxruntime is not
+            installed; or torch is too old to write it as ONNX.
+    """
+    out = Path(out)
+    if not is_onnx(out) and out.suffix != '.pt2':
+        raise UserError(f'{out}: the name of what is written ends in .onnx or .pt2')
+    if is_onnx(out):
+        for name in ('onnx', 'onnxscript', 'onnxruntime'):
+            import_onnx(name)
+    if min(shape) < LARGEST_STRIDE:
+        raise UserError(f'shape={tuple(shape)}: no side may be shorter than {LARGEST_STRIDE}')
+    if verify + len(images) < 1:
+        raise UserError('there is nothing to compare the file on: verify=1 at least, or pass images=FILE')
+    cfg, model, found = load_trained(config, checkpoint, classes)
+    prepare = resize_transforms(pipeline_for_arrays(leaf_datasets(cfg.test_dataloader.dataset)[0].pipeline))
+    module = ExportableSegmentor(model, labels, winograd=not dynamic and precision == 'fp32')
+    if precision == 'fp16':
+        module = module.half()
+    contract = Contract(
+        found, labels, dtype, None if dynamic else tuple(shape), prepare, model.align_corners, precision
+    )
+    pictures = [*_random_images(verify, shape, dynamic), *(_real_image(path, contract) for path in images)]
+    with _quiet():
+        program = _trace(module, contract, shape)
+        with atomic_write(out) as path:
+            run = _write_onnx(program, contract, path) if is_onnx(out) else _write_pt2(program, contract, path)
+            return _compare(run, model, pictures, contract)
+
+
+def resize_transforms(pipeline: list[dict]) -> tuple[dict, ...]:
+    """Return what a test pipeline for images in memory does between loading and packing.
+
+    Raises:
+        UserError: It does something else than resize.
+    """
+    try:
+        return tuple(check_resize(transform) for transform in pipeline[1:] if transform.type != 'PackSegInputs')
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f'the test pipeline cannot be exported ({error}): Resize to a scale and ResizeToMultiple can'
+        ) from error
+
+
+def _random_images(number: int, shape: tuple[int, int], dynamic: bool) -> Iterator[np.ndarray]:
+    """Yield images (N, 3, H, W) uint8; if ``dynamic``, one to three at a time, of sizes that no stride divides."""
+    generator = np.random.default_rng(0)
+    for i in range(number):
+        count, height, width = (1 + i % 3, shape[0] + 7 * i, shape[1] + 29 * i) if dynamic else (1, *shape)
+        yield generator.integers(256, size=(count, 3, height, width), dtype=np.uint8)
+
+
+def _real_image(path: str | Path, contract: Contract) -> np.ndarray:
+    pipeline = contract.pipeline()
+    if contract.shape:
+        pipeline[1:-1] = [dict(type='Resize', scale=contract.shape[::-1])]
+    bgr = np.ascontiguousarray(read_image(path)[..., ::-1])
+    pixels = Compose(pipeline)(dict(img=bgr))['inputs'].flip(0)
+    if min(pixels.shape[1:]) < LARGEST_STRIDE:
+        raise UserError(f'{path} is too thin: no side may be shorter than {LARGEST_STRIDE} pixels')
+    return pixels[None].numpy()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporters, which log a line for each of a thousand nodes."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _trace(module: ExportableSegmentor, contract: Contract, shape: tuple[int, int]) -> ExportedProgram:
+    sizes, example = None, torch.zeros(1, 3, *shape)
+    if contract.shape is None:
+        # Sizes of 0 and 1 would be taken for constants: two images, of two positions in the last feature map.
+        example = torch.zeros(2, 3, *(max(side, 2 * LARGEST_STRIDE) for side in shape))
+        sizes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+    with torch.no_grad():
+        return torch.export.export(module, (example.to(getattr(torch, contract.dtype)),), dynamic_shapes=sizes)
+
+
+def _versions() -> dict[str, str]:
+    return dict(mmseg_inceptionnext=__version__, torch=torch.__version__, mmseg=mmseg.__version__)
+
+
+def _write_pt2(program: ExportedProgram, contract: Contract, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    metadata = json.dumps(contract.metadata(_versions()))
+    torch.export.save(program, path, extra_files={'metadata.json': metadata})
+    module = torch.export.load(path).module()
+    dtype = getattr(torch, contract.dtype)
+    return lambda images: module(torch.from_numpy(images).to(dtype)).numpy()
+
+
+def _write_onnx(program: ExportedProgram, contract: Contract, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    onnx = import_onnx('onnx')
+    name = 'labels' if contract.labels else 'logits'
+    try:
+        model = torch.onnx.export(
+            program, dynamo=True, input_names=['image'], output_names=[name], verbose=False
+        ).model_proto
+    except torch.onnx.OnnxExporterError as error:
+        raise UserError(
+            f'the ONNX exporter of torch {torch.__version__} cannot write this segmentor: take a newer torch '
+            '(2.14 can), or write a .pt2'
+        ) from error
+    _name_sizes(model, contract)
+    for part in (model.graph, *model.graph.node, *model.functions):
+        part.ClearField('doc_string')
+        part.ClearField('metadata_props')  # lines of the source, with the folders of who exported
+    versions = _versions() | {'onnx': onnx.__version__}
+    onnx.helper.set_model_props(model, contract.metadata(versions))
+    onnx.checker.check_model(model, full_check=True)
+    path.write_bytes(model.SerializeToString())
+    return OnnxModel(path).run
+
+
+def _name_sizes(model, contract: Contract) -> None:
+    """Name the open sizes batch, height and width; the exporter numbers them."""
+    if contract.shape is None:
+        for value in (*model.graph.input, *model.graph.output):
+            dims = value.type.tensor_type.shape.dim
+            for dim, name in ((dims[0], 'batch'), (dims[-2], 'height'), (dims[-1], 'width')):
+                dim.dim_param = name
+        del model.graph.value_info[:]
+
+
+def _compare(run: Callable[[np.ndarray], np.ndarray], model: EncoderDecoder, pictures: Sequence[np.ndarray],
+             contract: Contract) -> Verification:  # fmt: skip
+    tolerance = TOLERANCES[contract.precision]
+    worst, differing, pixels = 0.0, 0, 0
+    for images in pictures:
+        expected, result = mmseg_logits(model, images), torch.from_numpy(run(images))
+        largest = expected.abs().max()
+        labels = result if contract.labels else result.argmax(1)
+        missed = expected.amax(1) - expected.gather(1, labels[:, None])[:, 0]
+        # Two logits that each deviate by the tolerance are in the wrong order if they are twice as close.
+        error = missed.max() / 2 if contract.labels else (result - expected).abs().max()
+        worst = max(worst, (error / largest).item())
+        differing += (missed > 0).sum().item()
+        pixels += labels.numel()
+        if not worst <= tolerance:
+            raise UserError(
+                f'the exported segmentor deviates by {worst:.1e} of the largest logit, more than {tolerance:.0e}, '
+                f'on an image of {images.shape[3]}×{images.shape[2]}: nothing is written'
+            )
+    return Verification(sum(map(len, pictures)), worst, differing / pixels)
+
+
+@torch.no_grad()
+def mmseg_logits(model: EncoderDecoder, images: np.ndarray) -> Tensor:
+    """Return the logits of the segmentor as it was trained, by mmseg's own preprocessing and up-sampling.
+
+    Args:
+        model: The segmentor, on the CPU.
+        images: (N, 3, H, W) uint8, RGB.
+
+    Returns:
+        (N, classes, H, W).
+    """
+    bgr = list(torch.from_numpy(images).flip(1))
+    inputs = model.data_preprocessor(dict(inputs=bgr), False)['inputs']
+    return model.encode_decode(inputs, [dict(img_shape=inputs.shape[2:])] * len(inputs))

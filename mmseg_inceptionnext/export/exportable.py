@@ -1,0 +1,313 @@
+"""A trained segmentor as one function of pixels, in operations that export for any size and run fast afterwards.
+
+Read from top to bottom: the segmentor, UPerHead, its parts, and pooling and up-sampling as matrix products.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import ConvModule
+from mmseg.models.decode_heads import FPNHead, UPerHead
+from mmseg.models.segmentors import EncoderDecoder
+from mmseg.models.utils import Upsample
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.inference.label_map_segmentor import predicts_by_argmax
+from mmseg_inceptionnext.inference.optimize import fold
+from mmseg_inceptionnext.models.interpolation import shifted_interpolation
+from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleConv2d
+from mmseg_inceptionnext.models.winograd import WinogradConv2d
+
+
+class ExportableSegmentor(nn.Module):
+    """From pixels to logits or labels of the same size: normalisation, network, up-sampling, argmax.
+
+    Norms are folded. UPerHead is computed at low resolution, channels last (:class:`ExportableUPerHead`). All sizes are
+    read from the input at run time, so that an export may leave them open.
+
+    Args:
+        model: A trained EncoderDecoder with a UPerHead or FPNHead; it stays as it is.
+        labels: Return the index of the largest logit instead of all logits.
+        winograd: Compute the widest 3×3 convolutions of a UPerHead by Winograd's algorithm: in float32, and for a size
+            that is fixed by the export.
+
+    Input: (N, 3, H, W), RGB from 0 to 255, of any dtype. Output: logits (N, classes, H, W), or labels (N, H, W), int64.
+
+    Raises:
+        UserError: The segmentor is of another kind.
+    """
+
+    def __init__(self, model: EncoderDecoder, labels: bool, winograd: bool = False):
+        super().__init__()
+        _check(model)
+        model = copy.deepcopy(model).eval().requires_grad_(False)
+        fold(model)
+        preprocessor, self.labels = model.data_preprocessor, labels
+        self.is_bgr = _takes_bgr(preprocessor)
+        self.register_buffer('mean', preprocessor.mean if preprocessor._enable_normalize else torch.zeros(3, 1, 1))
+        self.register_buffer('std', preprocessor.std if preprocessor._enable_normalize else torch.ones(3, 1, 1))
+        self.backbone, self.neck = model.backbone, model.neck if model.with_neck else nn.Identity()
+        self.align_corners = model.align_corners
+        self.head = model.decode_head
+        if isinstance(self.head, UPerHead):
+            self.head = ExportableUPerHead(self.head, WinogradConv3x3 if winograd else Conv3x3)
+        for module in list(self.head.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, Upsample):
+                    setattr(module, name, UpsampleByTwo(self.align_corners))
+        self.requires_grad_(False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = (image.flip(1) if self.is_bgr else image).float()
+        x = ((x - self.mean.float()) / self.std.float()).to(next(self.backbone.parameters()).dtype)
+        logits = self.head(self.neck(self.backbone(x))).float()
+        logits = F.interpolate(logits, image.shape[2:], mode='bilinear', align_corners=self.align_corners)
+        return logits.argmax(1) if self.labels else logits
+
+
+def _check(model: EncoderDecoder) -> None:
+    head = model.decode_head
+    if not isinstance(head, (UPerHead, FPNHead)) or not predicts_by_argmax(model):
+        raise UserError(
+            f'{type(head).__name__} of this config cannot be exported: UPerHead and FPNHead can, on whole images '
+            '(test_cfg.mode) and with a channel for each class'
+        )
+    if model.data_preprocessor.test_cfg:
+        raise UserError('a data_preprocessor.test_cfg pads images, which an exported file does not: leave it out')
+    for module in head.modules() if isinstance(head, UPerHead) else ():
+        if isinstance(module, ConvModule) and not _is_plain(module):
+            raise UserError('a UPerHead is exported if its layers are plain convolutions, BatchNorm and ReLU')
+
+
+def _is_plain(module: ConvModule) -> bool:
+    """Return whether a module is a convolution and a ReLU once its norm is folded."""
+    return (
+        type(module.conv) in (nn.Conv2d, WinogradConv2d, LateUpsampleConv2d)
+        and (not module.with_norm or isinstance(module.norm, _BatchNorm) and module.norm.running_mean is not None)
+        and module.with_activation
+        and type(module.activate) is nn.ReLU
+    )
+
+
+def _takes_bgr(preprocessor: nn.Module) -> bool:
+    """Return whether a preprocessor keeps the channels in the BGR order of mmseg's pipelines.
+
+    It is tried on a black and a blue pixel: the attribute has a different name in each distribution of mmseg.
+    """
+    pixels = torch.tensor([[0, 255], [0, 0], [0, 0]])[:, None]  # (3, 1, 2)
+    black, blue = preprocessor(dict(inputs=[pixels]))['inputs'][0, 0, 0]
+    return (black != blue).item()
+
+
+class UpsampleByTwo(nn.Module):
+    """mmseg's Upsample by two, without reading sizes as Python numbers. (N, C, H, W) to (N, C, 2H, 2W)."""
+
+    def __init__(self, align_corners: bool):
+        super().__init__()
+        self.align_corners = align_corners
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = [2 * side for side in x.shape[2:]]
+        return F.interpolate(x, size, mode='bilinear', align_corners=self.align_corners)
+
+
+class ExportableUPerHead(nn.Module):
+    """UPerHead with folded norms, for inference; the products of its two bottlenecks are taken at low resolution.
+
+    :class:`~mmseg_inceptionnext.models.late_upsample_uper_head.LateUpsampleConv2d` proves that this is the same.
+    Inside, maps are (N, H, W, C): 1×1 convolutions are matrix products, and so are pooling and up-sampling along each
+    axis, which all runtimes have in a fast form. Only 3×3 convolutions go back to (N, C, H, W).
+
+    Input: feature maps (N, C_i, H_i, W_i) of a backbone. Output: logits (N, classes, H_0, W_0).
+    """
+
+    def __init__(self, head: UPerHead, wide_conv: type[nn.Module]):
+        super().__init__()
+        self.in_index, self.align_corners = head.in_index, head.align_corners
+        self.pool_scales = [module[0].output_size for module in head.psp_modules]
+        self.pooled_convs = nn.ModuleList(Pointwise(module[1].conv) for module in head.psp_modules)
+        self.lateral_convs = nn.ModuleList(Pointwise(module.conv) for module in head.lateral_convs)
+        convs = [wide_conv, *[Conv3x3] * (len(head.fpn_convs) - 1)]  # the first has the largest map
+        self.fpn_convs = nn.ModuleList(
+            conv(module.conv.weight, module.conv.bias) for conv, module in zip(convs, head.fpn_convs, strict=True)
+        )
+        self.bottleneck = Bottleneck(head.bottleneck.conv, head.in_channels[-1], head.align_corners, Conv3x3)
+        self.fpn_bottleneck = Bottleneck(head.fpn_bottleneck.conv, head.channels, head.align_corners, wide_conv)
+        self.conv_seg = Pointwise(head.conv_seg)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        *features, last = [features[i].permute(0, 2, 3, 1) for i in self.in_index]
+        maps = [conv(x).relu() for conv, x in zip(self.lateral_convs, features, strict=True)]
+        pooled = [
+            conv(average_pool(last, scale)).relu()
+            for conv, scale in zip(self.pooled_convs, self.pool_scales, strict=True)
+        ]
+        maps.append(self.bottleneck([last, *pooled]).relu())
+        for i in range(len(maps) - 1, 0, -1):
+            maps[i - 1] = maps[i - 1] + up_sample(maps[i], maps[i - 1].shape[1:3], self.align_corners)
+        maps[:-1] = [conv(x).relu() for conv, x in zip(self.fpn_convs, maps[:-1], strict=True)]
+        return self.conv_seg(self.fpn_bottleneck(maps).relu()).permute(0, 3, 1, 2)
+
+
+class Pointwise(nn.Module):
+    """A 1×1 convolution as a matrix product. (N, H, W, C) to (N, H, W, O)."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(conv.weight.flatten(1).T.contiguous()), conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight if self.bias is None else x @ self.weight + self.bias
+
+
+class Conv3x3(nn.Module):
+    """A 3×3 convolution, padded by 1. (N, H, W, C) to (N, H, W, O)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight.contiguous()), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, padding=1).permute(0, 2, 3, 1)
+
+
+# Winograd's F(4×4, 3×3) with the points 0, 1, -1, 1/2, -2 and ∞, which round least of those tried (docs/speed.md).
+_INPUT = torch.tensor(
+    [
+        [1, -1.5, -2, 1.5, 1, 0],
+        [0, -1, 0.5, 2.5, 1, 0],
+        [0, 1, -2.5, 0.5, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 0.5, -1, -0.5, 1, 0],
+        [0, 1, -1.5, -2, 1.5, 1],
+    ],
+    dtype=torch.double,
+)
+_KERNEL = (
+    torch.tensor(
+        [[15, 0, 0], [5, 5, 5], [-5, 5, -5], [-16, -8, -4], [1, -2, 4], [0, 0, 15]],
+        dtype=torch.double,
+    )
+    / 15
+)
+_OUTPUT = torch.tensor(
+    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 0.5, -2, 0], [0, 1, 1, 0.25, 4, 0], [0, 1, -1, 0.125, -8, 1]],
+    dtype=torch.double,
+)
+_BLOCK = 128  # rows and columns of a block: the longer the matrices below are, the more of them is zeros
+
+
+class WinogradConv3x3(nn.Module):
+    """:class:`Conv3x3` in a quarter of the multiplications, in matrix products alone.
+
+    ``Aᵀ [(G w Gᵀ) ∘ (Bᵀ d B)] A`` for every 4×4 outputs and the 6×6 inputs d around them, summed over channels, as in
+    :mod:`mmseg_inceptionnext.models.winograd`. Bᵀ for all tiles of a block is one matrix (6 · tiles, rows), A one of
+    (rows, 6 · tiles), and both include the padding; between them are 36 products over channels. The two take half as
+    many multiplications as those 36, and move nothing in memory.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        weight = torch.einsum('ik,ockl,jl->ijco', _KERNEL, weight.double(), _KERNEL).float()
+        self.weight, self.bias = nn.Parameter(weight.contiguous()), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        blocks = [
+            torch.cat([self._block(x, y, z) for z in range(0, width, _BLOCK)], dim=2) for y in range(0, height, _BLOCK)
+        ]
+        out = torch.cat(blocks, dim=1)
+        return out if self.bias is None else out + self.bias
+
+    def _block(self, x: Tensor, y: int, z: int) -> Tensor:
+        (top, bottom, rows_in, rows_out), (left, right, columns_in, columns_out) = (
+            _tiles(start, size, x.dtype) for start, size in zip((y, z), x.shape[1:3], strict=True)
+        )
+        x = x[:, top:bottom, left:right]
+        n, _, width, c = x.shape
+        x = (rows_in @ x.flatten(2)).view(n, -1, width, c)
+        x = columns_in @ x  # (N, 6·tiles, 6·tiles, C)
+        x = x.unflatten(2, (6, -1)).unflatten(1, (6, -1)) @ self.weight[:, None]
+        x = columns_out @ x.flatten(3, 4).flatten(1, 2)
+        return (rows_out @ x.flatten(2)).unflatten(2, x.shape[2:])
+
+
+def _tiles(start: int, size: int, dtype: torch.dtype) -> tuple[int, int, Tensor, Tensor]:
+    """Return where the inputs of a block along an axis begin and end, and the matrices for all its tiles."""
+    outputs = min(_BLOCK, size - start)
+    tiles = -(-outputs // 4)
+    first, last = max(start - 1, 0), min(start + outputs + 1, size)
+    # Of input p and tile t, which of the tile's six inputs it is
+    index = torch.arange(first, last) - (start - 1) - 4 * torch.arange(tiles)[:, None]
+    inputs = torch.where((index >= 0) & (index < 6), _INPUT[:, index.clamp(0, 5)], 0.0).flatten(0, 1)
+    output = torch.einsum('ai,ts->tais', _OUTPUT, torch.eye(tiles, dtype=torch.double)).flatten(2).flatten(0, 1)
+    return first, last, inputs.to(dtype), output[:outputs].to(dtype)
+
+
+class Bottleneck(nn.Module):
+    """A 3×3 convolution over maps up-sampled to the size of the first, without doing so: ``Σ_j C_j Σ_i R_i W_ij x``.
+
+    Args:
+        conv: Convolution over the concatenated maps.
+        channels: Channels of the first map.
+        align_corners: Whether up-sampling aligns corners.
+        first_conv: Class of the convolution of the first map.
+
+    Input: a list of (N, H_k, W_k, C_k). Output: (N, H_0, W_0, O).
+    """
+
+    def __init__(self, conv: nn.Conv2d, channels: int, align_corners: bool, first_conv: type[nn.Module]):
+        super().__init__()
+        others = (conv.in_channels - channels) // conv.out_channels
+        first, *others = conv.weight.split([channels, *[conv.out_channels] * others], dim=1)
+        self.conv = first_conv(first, conv.bias)
+        # (O, C, i, j) to (C, i·j·O): all nine taps of a map in one product
+        self.taps = nn.ParameterList(weight.permute(1, 2, 3, 0).flatten(1).contiguous() for weight in others)
+        self.align_corners = align_corners
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        out = self.conv(maps[0])
+        height, width, o = out.shape[1:]
+        for x, weight in zip(maps[1:], self.taps, strict=True):
+            h, w = x.shape[1:3]
+            taps = (x @ weight).unflatten(3, (3, 3 * o)).transpose(2, 3)  # (N, h, i, w, j·O)
+            r, c = (
+                shifted_interpolation(old, new, self.align_corners).permute(1, 2, 0).to(x.dtype)  # (H, h, i), (W, w, j)
+                for old, new in ((h, height), (w, width))
+            )
+            rows = r.flatten(1) @ taps.flatten(1, 2).flatten(2)  # (N, H, w·j·O)
+            out = out + c.flatten(1) @ rows.unflatten(2, (w * 3, o))
+        return out
+
+
+def average_pool(x: Tensor, scale: int) -> Tensor:
+    """Pool (N, H, W, C) to (N, scale, scale, C) as ``torch.nn.functional.adaptive_avg_pool2d`` does.
+
+    Bin i of k covers the rows from ⌊i·H/k⌋ to ⌈(i+1)·H/k⌉ - 1, and the same columns. It is a rectangle, so that its
+    mean is the mean over rows of the means over columns: a matrix along each axis, with 1 / (length of the bin) inside
+    the bin. Bins are computed in integers: no rounding moves them, whatever the size.
+    """
+    rows, columns = (_pooling_matrix(size, scale).to(x.dtype) for size in x.shape[1:3])
+    return columns @ (rows @ x.flatten(2)).unflatten(2, x.shape[2:])
+
+
+def _pooling_matrix(size: int, scale: int) -> Tensor:
+    """Return the matrix of average pooling along an axis: (scale, size), float64."""
+    bins, positions = torch.arange(scale)[:, None], torch.arange(size)
+    start, stop = bins * size // scale, ((bins + 1) * size + scale - 1) // scale
+    inside = (positions >= start) & (positions < stop)
+    return inside.double() / (stop - start)
+
+
+def up_sample(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """Up-sample (N, h, w, C) to (N, H, W, C) bilinearly, by a matrix along each axis."""
+    rows, columns = (
+        shifted_interpolation(old, new, align_corners)[1].to(x.dtype)
+        for old, new in zip(x.shape[1:3], size, strict=True)
+    )
+    return columns @ (rows @ x.flatten(2)).unflatten(2, x.shape[2:])

@@ -1,0 +1,117 @@
+"""EncoderDecoder that returns label maps without holding the logits of all classes at full size."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from mmengine.structures import PixelData
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.models.segmentors import EncoderDecoder
+from mmseg.models.utils import resize
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+from torch import Tensor
+
+
+@MODELS.register_module()
+class LabelMapSegmentor(EncoderDecoder):
+    """mmseg's EncoderDecoder whose ``predict`` returns ``pred_sem_seg`` alone, without ``seg_logits``.
+
+    mmseg up-samples the logits of all classes to the size of the network's input and again to that of the original
+    image, keeps them in the sample, and takes the argmax. Here one class at a time is up-sampled, which stays in the
+    cache, and only the largest logit and its class are kept. The label maps are equal, because the arithmetic of each
+    pixel and class is the same. Where both sizes are equal, the second up-sampling changes nothing and is skipped.
+
+    mmseg's own way is taken for ``test_cfg=dict(return_logits=True)``, which its SegTTAModel needs, sliding windows, a
+    single output channel with a threshold, and a head with its own ``predict``.
+    """
+
+    def predict(self, inputs: Tensor, data_samples: list[SegDataSample] | None = None) -> list[SegDataSample]:
+        """Predict label maps.
+
+        Args:
+            inputs: (N, 3, H, W).
+            data_samples: Original size, padding and flip of each image. Default: the label maps are H×W.
+
+        Returns:
+            A sample for each image, with ``pred_sem_seg`` (1, height, width), int64.
+        """
+        if self.test_cfg.get('return_logits') or not predicts_by_argmax(self):
+            return super().predict(inputs, data_samples)
+
+        logits = self.decode_head.forward(self.extract_feat(inputs))
+        if data_samples is None:
+            meta = dict(ori_shape=inputs.shape[2:], img_shape=inputs.shape[2:])
+            data_samples = [SegDataSample(metainfo=meta) for _ in inputs]
+        size = network_size(data_samples[0].metainfo)
+        for image_logits, sample in zip(logits, data_samples, strict=True):
+            label = label_map(image_logits, size, sample.metainfo, self.align_corners)
+            sample.set_data({'pred_sem_seg': PixelData(data=label)})
+        return data_samples
+
+
+def predicts_by_argmax(model: EncoderDecoder) -> bool:
+    """Return whether a segmentor's prediction is the argmax of its head's up-sampled logits, and nothing else."""
+    head = type(model.decode_head)
+    return (
+        model.test_cfg.get('mode', 'whole') == 'whole'
+        and model.out_channels > 1
+        and head.predict is BaseDecodeHead.predict
+        and head.predict_by_feat is BaseDecodeHead.predict_by_feat
+    )
+
+
+def network_size(meta: dict) -> tuple[int, int]:
+    """Return the size that mmseg's heads up-sample all logits of a batch to, from its first sample's ``meta``."""
+    size = meta['img_shape']
+    if not isinstance(size, torch.Size):
+        size = meta.get('pad_shape', size)
+    return tuple(size[:2])
+
+
+def label_map(logits: Tensor, input_size: tuple[int, int], meta: dict, align_corners: bool) -> Tensor:
+    """Return the most likely class of every pixel of the original image.
+
+    Args:
+        logits: (C, h, w), a head's output.
+        input_size: Height and width of the network's input.
+        meta: 'ori_shape', and optionally 'img_padding_size' or 'padding_size' (left, right, top, bottom) and 'flip'
+            with 'flip_direction', as mmseg's ``postprocess_result`` reads them.
+        align_corners: Whether both up-samplings align corners.
+
+    Returns:
+        (1, height, width), int64.
+    """
+    logits = logits.contiguous()
+    size = tuple(meta['ori_shape'][:2])
+    largest = logits.new_full(size, -math.inf)
+    label = torch.zeros(size, dtype=torch.int16, device=logits.device)  # a quarter of the memory traffic of int64
+    for index in range(len(logits)):
+        logit = at_original_size(logits[index : index + 1], input_size, meta, align_corners)[0]
+        label.masked_fill_(logit > largest, index)
+        torch.maximum(logit, largest, out=largest)
+    return label[None].long()
+
+
+def at_original_size(logits: Tensor, input_size: tuple[int, int], meta: dict, align_corners: bool) -> Tensor:
+    """Up-sample the logits of some classes to the original image as mmseg does, in two steps; undo padding and flip.
+
+    Args:
+        logits: (C, h, w), a head's output.
+        input_size, meta, align_corners: Arguments of :func:`label_map`.
+
+    Returns:
+        (C, height, width).
+    """
+    left, right, top, bottom = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
+    flipped = {'horizontal': [-1], 'vertical': [-2]}[meta['flip_direction']] if meta.get('flip') else []
+    x = _resize(logits[None], input_size, align_corners)
+    x = x[..., top : input_size[0] - bottom, left : input_size[1] - right]
+    return _resize(x.flip(flipped) if flipped else x, tuple(meta['ori_shape'][:2]), align_corners)[0]
+
+
+def _resize(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    if x.shape[2:] == size:
+        return x
+    return resize(x, size=size, mode='bilinear', align_corners=align_corners, warning=False)

@@ -1,0 +1,206 @@
+"""Make a trained segmentor fast: the same function in fewer and faster operations."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from mmcv.cnn import ConvModule, fuse_conv_bn
+from mmseg.models.decode_heads import FPNHead, UPerHead
+from mmseg.models.necks import FPN
+from mmseg.models.segmentors import EncoderDecoder
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmseg_inceptionnext.inference.label_map_segmentor import LabelMapSegmentor
+from mmseg_inceptionnext.inference.packed import (
+    PackedLateUpsampleConv2d,
+    PackedMlp,
+    PackedPointwiseConv2d,
+    packed_conv2d_3x3,
+)
+from mmseg_inceptionnext.models.inceptionnext import InceptionNeXt, InceptionNeXtBlock
+from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleConv2d
+from mmseg_inceptionnext.models.winograd import WinogradConv2d
+
+
+def optimize_for_inference(model: EncoderDecoder, example_shape: tuple[int, int] | None = None) -> EncoderDecoder:
+    """Return a copy of a segmentor that predicts the same, faster. The model that is given stays as it is.
+
+    - BatchNorm and LayerScale of InceptionNeXt's blocks and the norms of stem and down-samplings are folded into the
+      convolutions next to them, and those of neck and head as well. This is exact: no padding comes in between.
+    - The auxiliary head is dropped. An EncoderDecoder becomes a :class:`LabelMapSegmentor`.
+    - In float32 on a CPU, the weights of InceptionNeXt, FPN, UPerHead and FPNHead are packed
+      (:mod:`mmseg_inceptionnext.inference.packed`), and their wide 3×3 convolutions use Winograd's algorithm.
+      Under ``torch.autocast`` they are not: call this under the autocast that the result will run under.
+    - The memory layout is channels_last on a CPU. On other devices it stays as it is, or becomes the faster one for
+      ``example_shape``.
+
+    The result is for inference only: in eval mode, without gradients. If packed, it cannot be saved or moved.
+
+    Args:
+        model: A segmentor on the device where it will run.
+        example_shape: Height and width of an image to time both layouts with, on other devices than a CPU.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    if model.with_auxiliary_head:
+        del model.auxiliary_head
+    if type(model) is EncoderDecoder:
+        model.__class__ = LabelMapSegmentor
+    fold(model)
+    device = _device(model)
+    if device == 'cpu' and not torch.is_autocast_enabled('cpu') and packing_works():
+        pack(model)
+    layout = torch.contiguous_format
+    if device == 'cpu':
+        layout = torch.channels_last
+    elif example_shape is not None:
+        layout = _faster_layout(model, example_shape)
+    model.to(memory_format=layout)
+    if layout is torch.channels_last:
+        model.backbone.register_forward_pre_hook(_to_channels_last)
+    return model
+
+
+def fold(model: EncoderDecoder) -> None:
+    """Fold norms and LayerScale into convolutions, in place. For eval mode."""
+    backbone = model.backbone
+    if isinstance(backbone, InceptionNeXt):
+        backbone.stem = fuse_conv_bn(backbone.stem)
+        for stage in backbone.stages:
+            if isinstance(stage.downsample, nn.Sequential):
+                norm, conv = stage.downsample
+                if _folds(norm):
+                    _fold_norm_into_next(norm, conv)
+                    stage.downsample = conv
+            for i, block in enumerate(stage.blocks):
+                if isinstance(block, InceptionNeXtBlock) and _folds(block.norm):
+                    stage.blocks[i] = FoldedBlock(block)
+    for part in _neck_and_head(model):
+        for module in part.modules():
+            if isinstance(module, ConvModule) and module.order == ('conv', 'norm', 'act') and _folds(module.norm):
+                fuse_conv_bn(module)
+
+
+class FoldedBlock(nn.Module):
+    """An InceptionNeXtBlock with its norm in ``fc1`` and its γ in ``fc2``. (N, C, H, W) to (N, C, H, W)."""
+
+    def __init__(self, block: InceptionNeXtBlock):
+        super().__init__()
+        self.token_mixer, self.mlp = block.token_mixer, block.mlp
+        _fold_norm_into_next(block.norm, self.mlp.fc1)
+        fc2 = self.mlp.fc2
+        fc2.weight.copy_(fc2.weight.double() * block.gamma.double()[:, None, None, None])
+        fc2.bias.copy_(fc2.bias.double() * block.gamma.double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.mlp, PackedMlp):
+            return self.mlp(self.token_mixer(x), residual=x)
+        return x + self.mlp(self.token_mixer(x))
+
+
+def _folds(norm: nn.Module | None) -> bool:
+    return isinstance(norm, _BatchNorm) and norm.running_mean is not None
+
+
+def _fold_norm_into_next(norm: _BatchNorm, conv: nn.Conv2d) -> None:
+    """Fold a norm in eval mode into the convolution after it, which has no padding."""
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.affine:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    if norm.affine:
+        shift = shift + norm.bias.double()
+    weight = conv.weight.double()
+    conv.bias.copy_(conv.bias.double() + torch.einsum('oihw,i->o', weight, shift))
+    conv.weight.copy_(weight * scale[:, None, None])
+
+
+def pack(model: EncoderDecoder) -> None:
+    """Replace layers by packed ones where there are any, in place. For float32 on a CPU, after :func:`fold`."""
+    for module in list(model.backbone.modules()):
+        if isinstance(module, FoldedBlock) and _is_float32(module.mlp):
+            module.mlp = PackedMlp(module.mlp)
+    head = model.decode_head
+    # Known parts only: others may read the weights of their layers, which packed ones do not have.
+    for part in _neck_and_head(model):
+        if isinstance(part, (FPN, UPerHead, FPNHead)):
+            for module in list(part.modules()):
+                if isinstance(module, ConvModule) and _is_unpacked(module):
+                    _pack_conv_module(module)
+    if isinstance(head, (UPerHead, FPNHead)) and type(head.conv_seg) is nn.Conv2d and _is_float32(head):
+        head.conv_seg = PackedPointwiseConv2d(head.conv_seg.weight.flatten(1), head.conv_seg.bias)
+
+
+def _neck_and_head(model: EncoderDecoder) -> list[nn.Module]:
+    return [model.neck, model.decode_head] if model.with_neck else [model.decode_head]
+
+
+def _is_float32(module: nn.Module) -> bool:
+    """Return whether a module has parameters, and all are float32; a packed module has none."""
+    dtypes = {parameter.dtype for parameter in module.parameters()}
+    return dtypes == {torch.float32}
+
+
+def _is_unpacked(module: ConvModule) -> bool:
+    """Return whether :func:`_pack_conv_module` can pack a module: a plain convolution, with or without activation."""
+    conv = module.conv
+    return (
+        type(conv) in (nn.Conv2d, WinogradConv2d, LateUpsampleConv2d)
+        and conv.weight.dtype == torch.float32
+        and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, 'zeros')
+        and module.order == ('conv', 'norm', 'act')
+        and not module.with_explicit_padding
+    )
+
+
+def _pack_conv_module(module: ConvModule) -> None:
+    conv = module.conv
+    if isinstance(conv, LateUpsampleConv2d):
+        module.conv = PackedLateUpsampleConv2d(conv)
+    elif (conv.kernel_size, conv.padding) == ((3, 3), (1, 1)):
+        module.conv = packed_conv2d_3x3(conv.weight, conv.bias)
+    elif (conv.kernel_size, conv.padding) == ((1, 1), (0, 0)):
+        rectified = module.with_activation and type(module.activate) is nn.ReLU and not _has_norm(module)
+        module.conv = PackedPointwiseConv2d(conv.weight.flatten(1), conv.bias, 'relu' if rectified else 'none')
+        module.with_activation = module.with_activation and not rectified
+    if module.with_activation and type(module.activate) is nn.ReLU:
+        module.activate.inplace = True  # nobody else holds the result
+
+
+def _has_norm(module: ConvModule) -> bool:
+    return module.with_norm and not isinstance(module.norm, nn.Identity)
+
+
+def packing_works() -> bool:
+    """Return whether torch has the packed operators here, and they compute what they should."""
+    conv, x = nn.Conv2d(16, 32, 1), torch.randn(1, 16, 4, 4)
+    with torch.no_grad():
+        try:
+            packed = PackedPointwiseConv2d(conv.weight.flatten(1), conv.bias, 'relu')(x)
+        except (AttributeError, NotImplementedError, RuntimeError):
+            return False
+        return torch.allclose(packed, conv(x).relu(), atol=1e-5)
+
+
+def _device(model: nn.Module) -> str:
+    return next(model.parameters()).device.type
+
+
+def _to_channels_last(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    return (args[0].contiguous(memory_format=torch.channels_last),)
+
+
+def _faster_layout(model: EncoderDecoder, shape: tuple[int, int]) -> torch.memory_format:
+    from torch.utils.benchmark import Timer  # here: where there is no GPU, importing it warns of that
+
+    def seconds(layout: torch.memory_format) -> float:
+        model.to(memory_format=layout)
+        x = torch.zeros(1, model.backbone.in_channels, *shape, device=next(model.parameters()).device)
+        x = x.contiguous(memory_format=layout)
+        with torch.inference_mode():
+            timer = Timer("model(x, mode='tensor')", globals=dict(model=model, x=x))
+            timer.timeit(3)
+            return timer.timeit(10).mean
+
+    return min((torch.contiguous_format, torch.channels_last), key=seconds)

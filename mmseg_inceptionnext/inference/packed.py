@@ -1,0 +1,101 @@
+"""Layers for inference in float32 on a CPU, whose weights are packed once into the layout of the kernels.
+
+They replace trained layers, have no parameters, and cannot be trained, saved or moved to another device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleConv2d, add_up_sampled, tap_weights
+from mmseg_inceptionnext.models.winograd import MIN_CHANNELS, convolve, transform_weight
+
+
+class PackedPointwiseConv2d(nn.Module):
+    """A 1×1 convolution fused with an activation, or with the addition of a residual.
+
+    It uses the oneDNN operators that torch's own compiler uses for linear layers. A plain convolution packs its weights
+    in every call.
+
+    Args:
+        weight: (O, C).
+        bias: (O,).
+        activation: 'none', 'relu' or 'gelu'.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = 'none'):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+        self.bias = bias if bias is None else bias.detach().clone()
+        self.activation = activation
+
+    @torch.compiler.disable  # the compiler wants to pack the weight itself
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        n, _, height, width = x.shape
+        rows = _rows(x)
+        if residual is None:
+            out = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, self.activation, [], 'none')
+        else:
+            out = torch.ops.mkldnn._linear_pointwise.binary(rows, _rows(residual), self.weight, self.bias, 'add')
+        return out.view(n, height, width, -1).permute(0, 3, 1, 2)
+
+    def __deepcopy__(self, memo: dict) -> PackedPointwiseConv2d:
+        return self  # it never changes, and torch cannot copy a packed weight
+
+
+class PackedMlp(nn.Module):
+    """``residual + fc2(gelu(fc1(x)))`` with 1×1 convolutions. (N, C, H, W) to (N, C, H, W)."""
+
+    def __init__(self, mlp: nn.Module):
+        super().__init__()
+        self.fc1 = PackedPointwiseConv2d(mlp.fc1.weight.flatten(1), mlp.fc1.bias, 'gelu')
+        self.fc2 = PackedPointwiseConv2d(mlp.fc2.weight.flatten(1), mlp.fc2.bias)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x), residual)
+
+
+class PackedWinogradConv2d(nn.Module):
+    """A 3×3 convolution whose weight is transformed once, see :mod:`mmseg_inceptionnext.models.winograd`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.weight = transform_weight(weight.detach())
+        self.bias = bias if bias is None else bias.detach().clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = convolve(x, self.weight)
+        return out if self.bias is None else out.add_(self.bias[:, None, None])
+
+
+class PackedLateUpsampleConv2d(nn.Module):
+    """A :class:`LateUpsampleConv2d` with packed weights; the same input and output."""
+
+    def __init__(self, conv: LateUpsampleConv2d):
+        super().__init__()
+        first, *others = conv.weight.detach().split(conv.map_channels, dim=1)
+        self.conv = packed_conv2d_3x3(first, conv.bias)
+        self.taps = nn.ModuleList(
+            nn.ModuleList(PackedPointwiseConv2d(row, None) for row in tap_weights(weight)) for weight in others
+        )
+        self.align_corners = conv.align_corners
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        taps = [[row(x) for row in rows] for rows, x in zip(self.taps, maps[1:], strict=True)]
+        return add_up_sampled(self.conv(maps[0]), taps, self.align_corners)
+
+
+def packed_conv2d_3x3(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Return a convolution of stride and padding 1 in the faster form for its (O, C, 3, 3) weight."""
+    if min(weight.shape[:2]) >= MIN_CHANNELS:
+        return PackedWinogradConv2d(weight, bias)
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1, bias=bias is not None, device='meta')
+    conv.weight = nn.Parameter(weight.detach().contiguous(memory_format=torch.channels_last), requires_grad=False)
+    conv.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return conv
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Reshape (N, C, H, W) to (N·H·W, C), without a copy in channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])

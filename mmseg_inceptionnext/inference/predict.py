@@ -1,0 +1,190 @@
+"""Segment files: images, folders of them and videos in, overlays and label maps out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from itertools import count, takewhile
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from mmseg_inceptionnext.data.prefetch import map_ahead
+from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.files import atomic_write
+from mmseg_inceptionnext.images import read_image
+from mmseg_inceptionnext.inference.segmentor import Segmentation, Segmentor
+from mmseg_inceptionnext.inference.sources import Output, Source
+from mmseg_inceptionnext.pictures import add_legend
+
+_READERS = 2
+_RESULTS_WAITING = 8  # for the thread that writes
+_LEGEND_ROWS_OF_VIDEO = 2
+
+
+def predict(
+    segmentor: Segmentor,
+    sources: Sequence[Source],
+    output: Output,
+    batch_size: int = 1,
+    overwrite: bool = False,
+    on_progress: Callable[[int], None] = lambda images: None,
+) -> dict[str, str]:
+    """Segment files. Decoding, inference and writing overlap: each has threads of its own.
+
+    Args:
+        segmentor: The segmentor.
+        sources: What :func:`~mmseg_inceptionnext.inference.sources.find_sources` returned.
+        output: What to write, and where.
+        batch_size: Images in one forward pass, where their sizes agree; those of a video's frames always do.
+        overwrite: Replace existing outputs.
+        on_progress: Called with the number of images or frames that were written since the last call.
+
+    Returns:
+        Why files could not be read, ``{path: message}``; the others are segmented. The frames of a video up to its
+        damage are kept.
+
+    Raises:
+        UserError: An output exists, and ``overwrite`` is not set; or it is one of the sources, or cannot be written.
+    """
+    existing = output.existing(sources)
+    inputs = {os.path.realpath(source.path) for source in sources}
+    if own := [path for path in existing if os.path.realpath(path) in inputs]:
+        raise UserError(f'{own[0]} would be written, but is one of the images to read: choose another out=DIR')
+    if existing and not overwrite:
+        more = f' and {len(existing) - 1} more' if len(existing) > 1 else ''
+        raise UserError(f'{existing[0]}{more} exist already: pass overwrite=True, or choose another out=DIR')
+    images = [source for source in sources if not source.is_video]
+    failures = _predict_images(segmentor, images, output, batch_size, on_progress)
+    for source in sources:
+        if source.is_video:
+            failures |= _predict_video(segmentor, source, output, batch_size, on_progress)
+    return failures
+
+
+def count_images(sources: Sequence[Source]) -> int:
+    """Count the images and frames to segment; for some videos this is an estimate."""
+    videos = (cv2.VideoCapture(str(source.path)) for source in sources if source.is_video)
+    frames = sum(max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))) for video in videos)
+    return frames + sum(not source.is_video for source in sources)
+
+
+def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Output, batch_size: int,
+                    on_progress: Callable[[int], None]) -> dict[str, str]:  # fmt: skip
+    failures = {}
+
+    def read(source: Source) -> dict | None:
+        try:
+            return segmentor.prepare(read_image(source.path))
+        except UserError as error:
+            failures[str(source.path)] = str(error).removeprefix(f'{source.path}: ')
+            return None
+
+    def results() -> Iterator[tuple[Source, Segmentation]]:
+        prepared = map_ahead(readers, read, sources, 2 * batch_size)
+        for batch in _batches((pair for pair in prepared if pair[1] is not None), batch_size):
+            yield from zip(
+                (source for source, _ in batch), segmentor.predict([image for _, image in batch]), strict=True
+            )
+
+    def write(result: tuple[Source, Segmentation]) -> None:
+        source, segmentation = result
+        with _naming_unwritable_file():
+            with atomic_write(output.overlay_of(source)) as path:
+                segmentation.overlay(output.opacity, output.legend).save(path)
+            if output.labels:
+                with atomic_write(output.labels_of(source)) as path:
+                    segmentation.label_image().save(path)
+        on_progress(1)
+
+    with ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(1) as writer:
+        for _ in map_ahead(writer, write, results(), _RESULTS_WAITING):
+            pass
+    return failures
+
+
+def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_size: int,
+                   on_progress: Callable[[int], None]) -> dict[str, str]:  # fmt: skip
+    video = cv2.VideoCapture(str(source.path))
+    overlay = _VideoFile(output.overlay_of(source), video.get(cv2.CAP_PROP_FPS) or 25)
+    reason = 'not a video, or of a format that OpenCV does not read' if source.path.is_file() else 'no such file'
+
+    def read(_: int) -> dict | None:
+        nonlocal reason
+        is_read, frame = video.read()
+        try:
+            return segmentor.prepare(frame[..., ::-1]) if is_read else None
+        except UserError as error:
+            reason = str(error)
+            return None
+
+    def results() -> Iterator[Segmentation]:
+        frames = (frame for _, frame in map_ahead(reader, read, count(), 2 * batch_size))
+        for batch in _batches(takewhile(lambda frame: frame is not None, frames), batch_size):
+            yield from segmentor.predict(batch)
+
+    def write(result: Segmentation) -> None:
+        picture = result.overlay(output.opacity)
+        if output.legend:
+            present = [result.class_names.index(name) for name in result.areas()]
+            picture = add_legend(
+                picture, present, result.class_names, result.classes.palette, num_rows=_LEGEND_ROWS_OF_VIDEO
+            )
+        with _naming_unwritable_file():
+            overlay.add(picture)
+            if output.labels:
+                with atomic_write(output.labels_of(source) / f'{overlay.frames:06d}.png') as path:
+                    result.label_image().save(path)
+        on_progress(1)
+
+    if output.labels:
+        for stale in output.labels_of(source).glob('[0-9]*.png'):  # of a longer video that is overwritten
+            stale.unlink()
+    # One thread reads and one writes, so that the frames keep their order.
+    with closing(overlay), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        for _ in map_ahead(writer, write, results(), _RESULTS_WAITING):
+            pass
+    return {} if overlay.frames else {str(source.path): reason}
+
+
+@contextmanager
+def _naming_unwritable_file() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f'cannot write {error.filename or "the output"}: {error.strerror or error}') from error
+
+
+class _VideoFile:
+    """A video file, opened when the first frame gives its size. What was written is kept if the rest fails."""
+
+    def __init__(self, path: Path, fps: float):
+        self.path, self.fps, self.frames, self.stack = path, fps, 0, ExitStack()
+
+    def add(self, picture: Image.Image) -> None:
+        if not self.frames:
+            partial = self.stack.enter_context(atomic_write(self.path))
+            self.video = cv2.VideoWriter(str(partial), cv2.VideoWriter.fourcc(*'mp4v'), self.fps, picture.size)
+            self.stack.callback(self.video.release)
+            if not self.video.isOpened():
+                raise OSError(None, 'OpenCV cannot write this video', str(self.path))
+        self.video.write(np.asarray(picture)[..., ::-1])
+        self.frames += 1
+
+    def close(self) -> None:
+        self.stack.close()
+
+
+def _batches(items: Iterable, size: int) -> Iterator[list]:
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

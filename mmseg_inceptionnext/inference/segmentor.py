@@ -1,0 +1,237 @@
+"""Segment images in Python: a trained segmentor, from an image to a label map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from mmcv.transforms import Compose
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.models.segmentors import EncoderDecoder
+from PIL import Image
+
+from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
+from mmseg_inceptionnext.config import read_config, require
+from mmseg_inceptionnext.data.pipeline import leaf_datasets, pipeline_for_arrays
+from mmseg_inceptionnext.device import find_device
+from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.images import read_image
+from mmseg_inceptionnext.inference.onnx_model import OnnxModel, is_onnx
+from mmseg_inceptionnext.inference.optimize import optimize_for_inference
+from mmseg_inceptionnext.labels import (
+    Classes,
+    check_number,
+    classes_of_checkpoint,
+    read_classes,
+    reduces_zero_label,
+)
+from mmseg_inceptionnext.models.build import LARGEST_STRIDE, build_segmentor
+from mmseg_inceptionnext.models.weights import load_segmentor
+from mmseg_inceptionnext.pictures import add_legend, draw_overlay
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The label map of an image.
+
+    Attributes:
+        image: (H, W, 3) uint8, RGB: the image, in its EXIF orientation.
+        labels: (H, W) int16: index of each pixel's class in ``class_names``.
+        classes: Names, colours and coding of all classes of the model.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    classes: Classes
+
+    def __repr__(self) -> str:
+        height, width = self.labels.shape
+        shares = [f'{name} {share:.1%}' for name, share in self.areas().items()]
+        more = f', {len(shares) - 3} more' if len(shares) > 3 else ''
+        return f'Segmentation({width}×{height}: {", ".join(shares[:3])}{more})'
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of all classes of the model, whether they are in the image or not."""
+        return self.classes.names
+
+    def area(self, name: str) -> float:
+        """Return the share of the image's pixels that have a class, from 0 to 1.
+
+        Raises:
+            KeyError: The model has no class of that name.
+        """
+        if name not in self.class_names:
+            raise KeyError(f'no class {name!r}: the model has {", ".join(self.class_names)}')
+        return float(np.mean(self.labels == self.class_names.index(name)))
+
+    def areas(self) -> dict[str, float]:
+        """Return ``{name: share}`` of the classes that are in the image, largest first. The shares sum to 1."""
+        pixels = np.bincount(self.labels.ravel(), minlength=len(self.class_names)) / self.labels.size
+        return {self.class_names[i]: float(pixels[i]) for i in np.argsort(-pixels, kind='stable') if pixels[i]}
+
+    def overlay(self, opacity: float = 0.5, legend: bool = False) -> Image.Image:
+        """Return the image with the colours of its classes blended in.
+
+        Args:
+            opacity: Opacity of the colours, from 0 to 1.
+            legend: Add a legend below of the classes that are in the image, largest first.
+        """
+        picture = Image.fromarray(draw_overlay(self.image, self.labels, self.classes.palette, opacity))
+        if not legend:
+            return picture
+        present = [self.class_names.index(name) for name in self.areas()]
+        return add_legend(picture, present, self.class_names, self.classes.palette)
+
+    def label_image(self) -> Image.Image:
+        """Return the label map in the coding of the data set's annotations: for ADE20K label + 1, 0 being unlabelled.
+
+        The image is grey, of 8 bits, or of 16 where 8 cannot hold all classes.
+        """
+        coded = self.labels + int(self.classes.reduce_zero_label)
+        return Image.fromarray(coded.astype(np.uint8 if len(self.class_names) < 255 else np.uint16))
+
+
+class Segmentor:
+    """A trained segmentor on a device, made fast, with the preprocessing of its config.
+
+    Example::
+
+        segmentor = Segmentor('upernet/inceptionnext_t', 'work_dirs/upernet/inceptionnext_t/iter_160000.pth')
+        result = segmentor('street.jpg')
+        print(result.area('road'))
+        result.overlay(legend=True).save('out.png')
+
+    Args:
+        config: Path of a config, name of a shipped one ('upernet/inceptionnext_t'), or a config. Or path of an .onnx
+            file of ``tools/export.py``, which replaces config and checkpoint; ONNX Runtime runs it on the CPU.
+        checkpoint: Path of a segmentor trained with the config; every key and shape must agree.
+        device: Such as 'cpu' or 'cuda:1'. Default: a GPU if there is one.
+        classes: 'ade20k' or path of a file, see :func:`~mmseg_inceptionnext.labels.read_classes`. Default: those in the
+            checkpoint.
+        fast: Fold and pack the model (:func:`~mmseg_inceptionnext.optimize_for_inference`): same predictions, faster.
+
+    Attributes:
+        classes: Names, colours and coding of the classes.
+        device: The device that the model runs on.
+
+    Raises:
+        UserError: The config, the checkpoint or the .onnx file cannot be read, they do not fit, the checkpoint does
+            not say what its classes are, or there is no such device.
+    """
+
+    def __init__(
+        self,
+        config: str | Path | Config,
+        checkpoint: str | Path | None = None,
+        device: str | torch.device | None = None,
+        classes: str | Path | None = None,
+        fast: bool = True,
+    ):
+        if checkpoint is None:
+            self._open_onnx(config, device, classes)
+            return
+        self.device = find_device(device)
+        cfg, model, self.classes = load_trained(config, checkpoint, classes)
+        model = model.to(self.device)
+        self._model = optimize_for_inference(model) if fast and isinstance(model, EncoderDecoder) else model
+        self._pipeline = Compose(pipeline_for_arrays(leaf_datasets(cfg.test_dataloader.dataset)[0].pipeline))
+
+    def _open_onnx(self, path: str | Path | Config, device: str | torch.device | None,
+                   classes: str | Path | None) -> None:  # fmt: skip
+        if isinstance(path, Config) or not is_onnx(path):
+            raise UserError('a config needs a checkpoint of a segmentor trained with it; an .onnx file stands for both')
+        if device is not None and find_device(device).type != 'cpu':
+            raise UserError(f'device={str(device)!r}: .onnx files run on the CPU here: leave it out')
+        init_default_scope('mmseg')
+        self.device = torch.device('cpu')
+        self._model = OnnxModel(path)
+        self.classes = self._model.contract.classes
+        if classes is not None:
+            self.classes = read_classes(classes, self.classes.reduce_zero_label)
+            check_number(self.classes.names, len(self._model.contract.classes.names), str(classes))
+        self._pipeline = Compose(self._model.contract.pipeline())
+
+    def __call__(
+        self, images: str | Path | Image.Image | np.ndarray | Sequence, batch_size: int = 1
+    ) -> Segmentation | list[Segmentation]:
+        """Segment an image, or a list of them.
+
+        Args:
+            images: A path, a PIL image, or an array (H, W, 3) of uint8 in RGB order, see
+                :func:`~mmseg_inceptionnext.images.read_image`; or a list of these.
+            batch_size: Number of images of a list in one forward pass, where they have the same size after the test
+                pipeline. All of them are held in memory.
+
+        Returns:
+            A :class:`Segmentation` at the size of the image, or a list of them in the same order.
+
+        Raises:
+            UserError: An image cannot be read.
+        """
+        if not isinstance(images, (list, tuple)):
+            return self.predict([self.prepare(read_image(images))])[0]
+        if batch_size < 1:
+            raise ValueError(f'batch_size={batch_size} must be at least 1')
+        results = []
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            results += self.predict([self.prepare(read_image(image)) for image in batch])
+        return results
+
+    def prepare(self, image: np.ndarray) -> dict:
+        """Apply the test pipeline to an image (H, W, 3) uint8, RGB, for :meth:`predict`; several threads may call this.
+
+        Raises:
+            UserError: The image is so thin that a side vanishes at the test scale.
+        """
+        height, width = image.shape[:2]
+        seen = (0, 0)
+        with suppress(cv2.error, ZeroDivisionError):  # a resize to a side without a pixel
+            packed = self._pipeline(dict(img=np.ascontiguousarray(image[..., ::-1])))  # mmseg's pipelines are BGR
+            seen = packed['inputs'].shape[1:]
+        if min(seen) < LARGEST_STRIDE:
+            raise UserError(
+                f'{width}×{height} pixels are too thin: at the test scale, no side may be shorter than {LARGEST_STRIDE}'
+            )
+        return dict(packed, image=image)
+
+    @torch.inference_mode()
+    def predict(self, prepared: Sequence[dict]) -> list[Segmentation]:
+        """Segment what :meth:`prepare` returned for some images; those of the same size are one batch."""
+        by_size: dict[tuple, list[int]] = {}
+        for index, item in enumerate(prepared):
+            by_size.setdefault(item['inputs'].shape, []).append(index)
+        results: dict[int, Segmentation] = {}
+        for indices in by_size.values():
+            data = {key: [prepared[i][key] for i in indices] for key in ('inputs', 'data_samples')}
+            for index, sample in zip(indices, self._model.test_step(data), strict=True):
+                labels = sample.pred_sem_seg.data[0].to('cpu', torch.int16).numpy()
+                results[index] = Segmentation(prepared[index]['image'], labels, self.classes)
+        return [results[index] for index in range(len(prepared))]
+
+
+def load_trained(
+    config: str | Path | Config, checkpoint: str | Path, classes: str | Path | None = None
+) -> tuple[Config, EncoderDecoder, Classes]:
+    """Return a config, the trained segmentor in eval mode on the CPU, and its classes.
+
+    Arguments and errors are those of :class:`Segmentor`.
+    """
+    cfg = config if isinstance(config, Config) else read_config(config)
+    require(cfg, 'model', 'test_dataloader')
+    content = read_checkpoint(checkpoint)
+    if classes is None:
+        found = classes_of_checkpoint(content, checkpoint)
+    else:
+        found = read_classes(classes, reduce_zero_label=reduces_zero_label(content))
+    model = build_segmentor(cfg)
+    load_segmentor(model, content, checkpoint)
+    check_number(found.names, model.decode_head.num_classes, str(classes if classes is not None else checkpoint))
+    return cfg, model.eval(), found

@@ -1,0 +1,148 @@
+"""Find the images and videos that a command line names, and name what is written for each."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain, count, takewhile
+from pathlib import Path
+
+from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.images import IMAGE_SUFFIXES
+
+VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v')
+
+_LABELS, _VIDEO_LABELS = 'labels', 'video_labels'
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to segment, and the name of its output.
+
+    Attributes:
+        path: Path of the image or video.
+        name: Relative path of the output, without suffix; unique among the sources.
+    """
+
+    path: Path
+    name: Path
+
+    @property
+    def is_video(self) -> bool:
+        return self.path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def find_sources(inputs: Sequence[str], out: Path, lines: Iterable[str] = ()) -> list[Source]:
+    """List the files that a command line names, each once.
+
+    Args:
+        inputs: Files, folders (searched for images and videos, at any depth), globs, and '-' for ``lines``.
+        out: Folder of the output; files in it are no input.
+        lines: Paths of files.
+
+    Returns:
+        Files that were found in a folder or by a glob are named by their path relative to it, others by their name.
+        If two names are the same, the second gets a number.
+
+    Raises:
+        UserError: A folder or glob without a file, or no input at all.
+    """
+    found: list[tuple[Path, Path]] = []
+    for text in inputs:
+        if text == '-':
+            paths = [Path(line.rstrip('\r\n')) for line in lines if line.strip()]
+            found += [(path, Path(path.name)) for path in paths]
+        else:
+            found += _expand(text, out)
+    sources, seen, names = [], set(), set()
+    for path, name in found:
+        if (real := os.path.realpath(path)) in seen:
+            continue
+        seen.add(real)
+        name = _inside(name)
+        numbered = (name.with_name(f'{name.name}-{number}') for number in count(2))
+        # Names that differ in case only are one on some file systems.
+        name = next(candidate for candidate in chain([name], numbered) if str(candidate).lower() not in names)
+        names.add(str(name).lower())
+        sources.append(Source(path, name))
+    if not sources:
+        raise UserError('there is nothing to predict: name images, folders, globs or videos')
+    return sources
+
+
+def _expand(text: str, out: Path) -> list[tuple[Path, Path]]:
+    """Return path and relative name of each file that an argument stands for."""
+    path = Path(text)
+    if path.is_dir():
+        root, found = path, _walk(path)
+    elif path.exists() or not glob.has_magic(text):
+        return [(path, Path(path.name))]
+    else:
+        root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+        found = [p for p in map(Path, sorted(glob.glob(text, recursive=True))) if p.is_file() and _has_known_suffix(p)]
+    inside = os.path.join(os.path.realpath(out), '')
+    found = [p for p in found if not os.path.realpath(p).startswith(inside)]
+    if not found:
+        raise UserError(f'{text} holds no image and no video outside of {out}')
+    return [(p, p.relative_to(root)) for p in found]
+
+
+def _walk(folder: Path) -> list[Path]:
+    found = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        paths = (Path(root, name) for name in files if not name.startswith('.'))
+        # A dangling link is reported later; reading from a pipe would wait forever.
+        found += [path for path in paths if _has_known_suffix(path) and (path.is_file() or path.is_symlink())]
+    return sorted(found)
+
+
+def _has_known_suffix(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES
+
+
+def _inside(name: Path) -> Path:
+    """Return a relative path without suffix that leads neither out of the output folder nor into that of label maps.
+
+    No folder has the suffix of an output file, so that none can have the name of one.
+    """
+    *folders, file = [part for part in name.parts if part not in ('..', name.anchor)] or ['unnamed']
+    folders = [f'{part}-2' if part.lower().endswith(('.png', '.mp4')) else part for part in folders]
+    if folders and folders[0].lower() in (_LABELS, _VIDEO_LABELS):
+        folders[0] += '-2'
+    return Path(*folders, Path(file).with_suffix(''))
+
+
+@dataclass(frozen=True)
+class Output:
+    """What to write for each source.
+
+    Attributes:
+        folder: Folder for overlays; label maps go into ``labels`` inside, those of videos into ``video_labels``.
+        opacity: Opacity of the overlays' colours, from 0 to 1.
+        legend: Name the classes that are in the image below each overlay.
+        labels: Also write label maps, in the coding of the data set's annotations.
+    """
+
+    folder: Path
+    opacity: float = 0.5
+    legend: bool = False
+    labels: bool = False
+
+    def overlay_of(self, source: Source) -> Path:
+        """Return the path of a source's overlay, a PNG or an MP4."""
+        return self.folder / f'{source.name}{".mp4" if source.is_video else ".png"}'
+
+    def labels_of(self, source: Source) -> Path:
+        """Return the path of a source's label map, a PNG; for a video, the folder for those of its frames."""
+        if source.is_video:
+            return self.folder / _VIDEO_LABELS / source.name
+        return self.folder / _LABELS / f'{source.name}.png'
+
+    def existing(self, sources: Sequence[Source]) -> list[Path]:
+        """List the outputs of some sources that exist already."""
+        paths = [self.overlay_of(source) for source in sources]
+        paths += [self.labels_of(source) for source in sources] if self.labels else []
+        return [path for path in paths if path.exists()]

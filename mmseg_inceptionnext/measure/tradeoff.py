@@ -1,0 +1,59 @@
+"""Draw the paper's Figure 1 for segmentation: quality against speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
+
+from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.measure.paper import paper_row
+from mmseg_inceptionnext.measure.speed import Speed
+
+
+def plot_tradeoff(rows: Sequence[Speed], path: str | Path) -> None:
+    """Draw measured speed against the mIoU that the paper reports, a line for each family of models.
+
+    Args:
+        rows: Measurements; those whose config is in no table of the paper are left out.
+        path: Path of the picture; its suffix chooses the format.
+
+    Raises:
+        UserError: None of the configs has an mIoU in the paper, or the format is unknown.
+    """
+    families: dict[str, list[tuple[float, float, str]]] = {}
+    for row in rows:
+        if printed := paper_row(row.config):
+            family, _, size = printed.name.partition('-')
+            families.setdefault(family, []).append((row.fps, printed.miou, size))
+    if not families:
+        raise UserError(f'plot={str(path)!r}: none of the configs is in the paper, which the mIoU are taken from')
+
+    figure = Figure(figsize=(7, 5), layout='constrained')
+    axes = figure.subplots()
+    for family, points in sorted(families.items()):
+        points.sort()
+        ours = family == 'InceptionNeXt'
+        axes.plot(
+            [fps for fps, _, _ in points],
+            [miou for _, miou, _ in points],
+            marker='*' if ours else 'o',
+            markersize=14 if ours else 7,
+            linewidth=2 if ours else 1.2,
+            label=family,
+            zorder=3 if ours else 2,
+        )
+        for fps, miou, size in points:
+            axes.annotate(size, (fps, miou), textcoords='offset points', xytext=(7, 5), fontsize=8)
+    first = rows[0]
+    what = {'fps': 'Inference', 'train': 'Training', 'backbone': 'Backbone inference'}[first.task]
+    axes.set_xlabel(f'{what}, images/s (measured: {first.device}, {first.dtype}, {first.shape[0]}×{first.shape[1]})')
+    axes.set_ylabel("ADE20K mIoU, % (the paper's values)")
+    axes.grid(alpha=0.3)
+    axes.margins(0.1)
+    axes.legend(loc='best')
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:
+        raise UserError(f'plot={str(path)!r}: {error}') from error

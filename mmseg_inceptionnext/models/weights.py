@@ -1,0 +1,189 @@
+"""Find weights, check every key, load them.
+
+There are two kinds: ImageNet weights of the backbone (:func:`load_pretrained`) and trained segmentors
+(:func:`load_segmentor`). Both fail closed: a partial match is an error, never a warning.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import timm
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from torch import Tensor, nn
+
+from mmseg_inceptionnext.checkpoints.download import NO_NETWORK, download
+from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
+from mmseg_inceptionnext.distributed import fetch_on_rank_zero_first
+from mmseg_inceptionnext.errors import UserError, first_sentence
+from mmseg_inceptionnext.models.archs import recognise_arch
+
+# Where training programs put the weights in a checkpoint. As in timm, an averaged model goes before the raw one.
+_CONTAINERS = ('state_dict_ema', 'state_dict', 'model')
+
+
+def load_pretrained(backbone: nn.Module, source: str) -> None:
+    """Load ImageNet weights into an InceptionNeXt backbone, all of them or none.
+
+    Args:
+        backbone: The backbone. If its stem has other than 3 input channels, the weights are adapted as timm does it:
+            summed for 1, repeated and rescaled for more.
+        source: Name in timm ('inception_next_tiny.sail_in1k'), https URL, or path of a .pth or .safetensors file from
+            timm, from the paper's authors, or of a whole segmentor trained here.
+
+    Raises:
+        UserError: The source cannot be found or read, would run code when unpickled, lacks a key of the backbone, or
+            has an extra one. Only the classifier and stages that the backbone does not build may be extra, and only
+            out-norms, which ImageNet models do not have, may be missing.
+    """
+    path = _locate(str(source))
+    loaded = backbone_state_dict(read_checkpoint(path), path)
+    expected = backbone.state_dict()
+
+    stem = loaded.get('stem.0.weight')
+    out, _, *kernel = expected['stem.0.weight'].shape
+    if stem is not None and stem.shape == (out, 3, *kernel) and backbone.in_channels != 3:
+        loaded['stem.0.weight'] = timm.models.adapt_input_conv(backbone.in_channels, stem)
+
+    num_stages = len(backbone.stages)
+    left_over = {key for key in loaded if key not in expected and _may_be_left_over(key, num_stages)}
+    missing_norms = {key for key in expected if key not in loaded and re.match(r'norm\d+\.', key)}
+    problems = _differences(
+        {key: value for key, value in expected.items() if key not in missing_norms},
+        {key: value for key, value in loaded.items() if key not in left_over},
+    )
+    if problems:
+        raise UserError(f'{path} does not fit the backbone{_recognised(loaded)}: {problems}')
+
+    backbone.load_state_dict({key: value for key, value in loaded.items() if key in expected}, strict=False)
+    print_log(
+        f'Loaded {len(loaded) - len(left_over)} tensors into the backbone from {path}'
+        + (f'; left over: {len(left_over)} of the classifier or of stages not built' if left_over else '')
+        + (f'; out-norms not in the file, kept as initialised: {len(missing_norms)} tensors' if missing_norms else ''),
+        logger='current',
+    )
+
+
+def backbone_state_dict(checkpoint: dict, path: Path) -> dict[str, Tensor]:
+    """Return the backbone's tensors of a checkpoint, without the container and prefixes that programs add.
+
+    Raises:
+        UserError: There are no tensors.
+    """
+    container = next((key for key in _CONTAINERS if isinstance(checkpoint.get(key), dict)), None)
+    state_dict = checkpoint[container] if container else checkpoint
+    state_dict = _tensors(state_dict)
+    for prefix in ('module.', 'backbone.'):
+        if any(key.startswith(prefix) for key in state_dict):
+            state_dict = {key.removeprefix(prefix): v for key, v in state_dict.items() if key.startswith(prefix)}
+    if not state_dict:
+        raise UserError(f'{path} holds no tensors: it has the keys {_some(checkpoint)}')
+    return state_dict
+
+
+def check_fits(model: nn.Module, checkpoint: dict, path: str | Path) -> None:
+    """Check that a trained segmentor fits a model, key by key.
+
+    Args:
+        model: A segmentor, possibly wrapped for distributed training.
+        checkpoint: Content of the checkpoint.
+        path: Path of the checkpoint, for messages.
+
+    Raises:
+        UserError: The number of classes, the architecture or the keys differ.
+    """
+    state_dict = _tensors(checkpoint.get('state_dict', checkpoint))
+    expected = (model.module if is_model_wrapper(model) else model).state_dict()
+    classifier = 'decode_head.conv_seg.weight'
+    if classifier in state_dict and classifier in expected:
+        (there, *_), (here, *_) = (*state_dict[classifier].shape, 0), expected[classifier].shape
+        if there != here:
+            raise UserError(
+                f'{path} was trained for {there} classes, the config has {here}: '
+                'use the config it was trained with, or set num_classes of every head'
+            )
+    if name := recognise_arch(state_dict):
+        raise UserError(
+            f'{path} holds weights of a backbone, inception_next_{name}, not of a trained segmentor: '
+            f'start a training from it by weights={str(path)!r}'
+        )
+    problems = _differences(expected, state_dict)
+    if problems:
+        backbone = {k.removeprefix('backbone.'): v for k, v in state_dict.items() if k.startswith('backbone.')}
+        raise UserError(f'{path} does not fit the config{_recognised(backbone)}: {problems}')
+
+
+def load_segmentor(model: nn.Module, checkpoint: dict, path: str | Path) -> None:
+    """Load a trained segmentor, all of it or nothing; see :func:`check_fits`."""
+    check_fits(model, checkpoint, path)
+    (model.module if is_model_wrapper(model) else model).load_state_dict(
+        _tensors(checkpoint.get('state_dict', checkpoint))
+    )
+
+
+def _locate(source: str) -> Path:
+    """Return the local path of a timm name, a URL or a path."""
+    if '://' in source:
+        return fetch_on_rank_zero_first(download, source)
+    if Path(source).suffix in ('.pth', '.pt', '.safetensors', '.bin') or os.path.exists(source):
+        return Path(source)
+    return fetch_on_rank_zero_first(_download_timm, source)
+
+
+def _download_timm(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    cfg = timm.models.get_pretrained_cfg(name) if timm.models.is_model(name) else None
+    if cfg is None or not cfg.hf_hub_id:
+        names = ', '.join(timm.list_pretrained('inception_next_*'))
+        raise UserError(f'{name!r} is neither a file, an https URL nor a model of timm; timm has {names}')
+    repository = cfg.hf_hub_id if not cfg.hf_hub_id.endswith('/') else f'{cfg.hf_hub_id}{cfg.architecture}.{cfg.tag}'
+    try:
+        return Path(hf_hub_download(repository, 'model.safetensors'))
+    except Exception as error:  # of the hub's HTTP client, which changes from version to version
+        raise UserError(f'could not download {name} from the hub ({first_sentence(error)}): {NO_NETWORK}') from error
+
+
+def _tensors(state_dict) -> dict[str, Tensor]:
+    """Return the named tensors of what should be a state dict."""
+    if not isinstance(state_dict, dict):
+        return {}
+    return {key: value for key, value in state_dict.items() if isinstance(key, str) and isinstance(value, Tensor)}
+
+
+def _may_be_left_over(key: str, num_stages: int) -> bool:
+    """Return whether a key is of the classifier, a stage not built, or the norm of a stage not returned."""
+    stage = re.match(r'stages\.(\d+)\.', key)
+    return bool(re.match(r'head\.|norm\d+\.', key)) or (stage is not None and int(stage[1]) >= num_stages)
+
+
+def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """Say why ``found`` cannot be loaded as ``expected``; an empty string if it can."""
+    parts = []
+    if missing := [key for key in expected if key not in found]:
+        parts.append(f'{len(missing)} keys are missing, such as {_some(missing)}')
+    if unexpected := [key for key in found if key not in expected]:
+        parts.append(f'{len(unexpected)} keys are not known, such as {_some(unexpected)}')
+    shapes = [(key, tuple(found[key].shape), tuple(expected[key].shape)) for key in expected if key in found]
+    if different := [f'{key} is {there}, here {here}' for key, there, here in shapes if there != here]:
+        parts.append(f'{len(different)} shapes differ: {_some(different)}')
+    if odd := [key for key in expected if key in found and found[key].is_complex()]:
+        parts.append(f'{len(odd)} tensors are of complex numbers, such as {_some(odd)}')
+    return '; '.join(parts)
+
+
+def _recognised(state_dict: Mapping[str, Tensor]) -> str:
+    if name := recognise_arch(state_dict):
+        return f' (this is inception_next_{name})'
+    if not any('.token_mixer.dwconv_hw.' in key for key in state_dict):
+        return ' (this is no InceptionNeXt)'
+    return ''
+
+
+def _some(items, number: int = 3) -> str:
+    items = list(map(str, items))
+    return ', '.join(items[:number]) + (', …' if len(items) > number else '')

@@ -1,0 +1,32 @@
+"""What a training run is asked for besides its config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of :func:`~mmseg_inceptionnext.training.train.train`; ``tools/train.py`` has a flag for each.
+
+    Attributes:
+        weights: Checkpoint of the backbone instead of the config's, see
+            :func:`~mmseg_inceptionnext.models.weights.load_pretrained`; 'none' trains from scratch.
+        resume: Path of the checkpoint to resume from, or True for the newest undamaged one in the work dir. Where there
+            is none yet, the run starts from the beginning, so that a job script can always ask to resume.
+        amp: Mixed precision, see :func:`~mmseg_inceptionnext.training.mixed_precision.amp_optim_wrapper`.
+        seed: Seed of all random numbers. Default: the config's, on resuming the checkpoint's, else a random one.
+        auto_batch: Accumulate gradients so that the recipe's batch holds, see
+            :func:`~mmseg_inceptionnext.training.batch.split_recipe_batch`.
+        skip_bad_images: Replace training images that cannot be read by others, instead of stopping.
+        strategy: 'ddp': each rank holds the whole model; 'fsdp': each holds a share of it, see
+            :class:`~mmseg_inceptionnext.training.strategies.ShardedStrategy`.
+    """
+
+    weights: str | None = None
+    resume: str | bool = False
+    amp: bool = False
+    seed: int | None = None
+    auto_batch: bool = False
+    skip_bad_images: bool = False
+    strategy: str = 'ddp'

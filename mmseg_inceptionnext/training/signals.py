@@ -1,0 +1,67 @@
+"""Signals that ask a run to stop, and what data-loading workers do with them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+# SIGTERM and SIGUSR1 are what schedulers send before they kill; SIGINT is Ctrl-C.
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopSignal:
+    """A context in which the first signal is noted instead of killing the process; a second SIGINT kills it.
+
+    Attributes:
+        received: The first signal, or None.
+    """
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> StopSignal:
+        # Only the main thread may handle signals; in others they do what they did.
+        handled = _SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        self._before = {number: signal.signal(number, self._note) for number in handled}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        self.received = self.received or signal.Signals(number)
+        hint = ''
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            hint = '; Ctrl-C again stops at once'
+        line = f'{signal.Signals(number).name}: saving a checkpoint after this iteration{hint}\n'
+        os.write(2, line.encode())  # to stderr; print may be what was interrupted
+
+
+def defer_worker_death() -> None:
+    """Let a dead data-loading worker be noticed when data are fetched.
+
+    Once torch has started workers, its SIGCHLD handler would raise in the middle of anything.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def ignore_signals_in_worker() -> None:
+    """Leave signals to the main process, which needs the data of its workers until it stops; call this in a worker.
+
+    Terminals and schedulers send signals to all processes of a run. SIGTERM from the main process itself is obeyed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):  # not on macOS, where SIGTERM ends a worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_on_sigterm_of_parent, daemon=True).start()
+
+
+def _exit_on_sigterm_of_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

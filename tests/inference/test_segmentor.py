@@ -1,0 +1,162 @@
+"""The Python API: the predictions of tools/test.py, from whatever holds an image."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import ROOT, TINY_CONFIG
+
+from mmseg_inceptionnext import Segmentation, Segmentor, UserError
+from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
+from mmseg_inceptionnext.config import find_config, load_config, read_config
+from mmseg_inceptionnext.evaluation import evaluate
+from mmseg_inceptionnext.labels import Classes
+
+
+@pytest.fixture(scope='module')
+def segmentor(trained):
+    return Segmentor(TINY_CONFIG, trained, device='cpu')
+
+
+@pytest.fixture(scope='module')
+def paths(mini_root):
+    return sorted((mini_root / 'images' / 'validation').iterdir())
+
+
+def test_predicts_what_evaluation_predicts(segmentor, trained, paths, mini_root, tmp_path):
+    cfg = load_config(TINY_CONFIG, tmp_path / 'work', mini_root)
+    evaluate(cfg, trained, out=tmp_path / 'out')
+    for path in paths:
+        expected = np.asarray(Image.open(tmp_path / 'out' / f'{path.stem}.png'))
+        assert np.array_equal(np.asarray(segmentor(path).label_image()), expected)
+
+
+def test_every_kind_of_source_and_a_batch_give_the_same(segmentor, paths):
+    path = paths[0]
+    result = segmentor(str(path))
+    assert isinstance(result, Segmentation)
+    assert result.labels.shape == result.image.shape[:2] == (96, 96) and result.labels.dtype == np.int16
+    with Image.open(path) as image:
+        sources = [path, image, np.asarray(image), np.asarray(image)[:48]]
+        results = segmentor(sources, batch_size=3)
+    assert len(results) == 4
+    for other in results[:3]:
+        assert (other.labels != result.labels).mean() < 0.001  # of a batch, other kernels may be chosen
+        assert np.array_equal(other.image, result.image)
+    assert results[3].labels.shape == (48, 96)
+    assert segmentor([]) == []
+
+
+def test_slow_and_fast_agree(trained, segmentor, paths):
+    slow = Segmentor(read_config(TINY_CONFIG), trained, device='cpu', fast=False)
+    assert np.array_equal(slow(paths[0]).labels, segmentor(paths[0]).labels)
+
+
+def test_classes_come_from_the_checkpoint(segmentor):
+    assert len(segmentor.classes.names) == 150 and segmentor.classes.names[:3] == ('wall', 'building', 'sky')
+    assert segmentor.classes.palette[0] == (120, 120, 120)
+
+
+def test_classes_are_asked_for_never_guessed(trained, paths, tmp_path):
+    weights = read_checkpoint(trained)['state_dict']
+    torch.save({'state_dict': weights}, tmp_path / 'bare.pth')
+    with pytest.raises(UserError, match='bare.pth does not say what its classes are'):
+        Segmentor(TINY_CONFIG, tmp_path / 'bare.pth')
+    assert Segmentor(TINY_CONFIG, tmp_path / 'bare.pth', classes='ade20k')(paths[0]).class_names[0] == 'wall'
+    (tmp_path / 'two.txt').write_text('a\nb\n')
+    with pytest.raises(UserError, match='two.txt names 2 classes, but the model has 150'):
+        Segmentor(TINY_CONFIG, tmp_path / 'bare.pth', classes=tmp_path / 'two.txt')
+
+
+def test_mistakes(trained, segmentor, tmp_path):
+    with pytest.raises(UserError, match='--device nonsense cannot be used here'):
+        Segmentor(TINY_CONFIG, trained, device='nonsense')
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match='--device cuda:7 cannot be used here'):
+            Segmentor(TINY_CONFIG, trained, device='cuda:7')
+    with pytest.raises(UserError, match='nowhere.jpg: no such file'):
+        segmentor(tmp_path / 'nowhere.jpg')
+    with pytest.raises(UserError, match='does not fit the config'):
+        Segmentor('mini/fpn_inceptionnext_a', trained)
+    with pytest.raises(UserError, match='--device meta cannot be used here'):
+        Segmentor(TINY_CONFIG, trained, device='meta')
+    with pytest.raises(TypeError):
+        segmentor(7)
+    with pytest.raises(ValueError, match='batch_size=0'):
+        segmentor([], batch_size=0)
+    with pytest.raises(ValueError, match='opacity=2'):
+        result([[0]]).overlay(opacity=2)
+
+
+@pytest.mark.parametrize('shape', [(1, 3000), (3000, 1), (3, 500)])
+def test_images_too_thin_for_the_network(segmentor, shape):
+    with pytest.raises(UserError, match=f'{shape[1]}×{shape[0]} pixels are too thin'):
+        segmentor(np.zeros((*shape, 3), np.uint8))
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (30, 117), (117, 30)])
+def test_small_images(segmentor, shape):
+    assert segmentor(np.zeros((*shape, 3), np.uint8)).labels.shape == shape
+
+
+def test_a_file_of_classes_leaves_the_coding_as_the_checkpoint_says(trained, paths, tmp_path):
+    content = read_checkpoint(trained)
+    content['meta']['dataset_meta']['reduce_zero_label'] = False
+    torch.save(content, tmp_path / 'plain.pth')
+    coded = [
+        np.asarray(Segmentor(TINY_CONFIG, tmp_path / 'plain.pth', classes=classes)(paths[0]).label_image())
+        for classes in (None, 'ade20k')
+    ]
+    assert np.array_equal(*coded)
+
+
+def result(labels, reduce_zero_label=True) -> Segmentation:
+    classes = Classes(('sky', 'sea', 'sand'), ((255, 0, 0), (0, 255, 0), (0, 0, 255)), reduce_zero_label)
+    labels = np.array(labels, np.int16)
+    return Segmentation(np.full((*labels.shape, 3), 100, np.uint8), labels, classes)
+
+
+def test_areas():
+    segmentation = result([[0, 2, 2, 2]])
+    assert segmentation.area('sand') == 0.75 and segmentation.area('sea') == 0
+    assert segmentation.areas() == {'sand': 0.75, 'sky': 0.25}
+    with pytest.raises(KeyError, match="no class 'moon'"):
+        segmentation.area('moon')
+
+
+def test_overlay_and_its_legend():
+    segmentation = result([[0] * 60 + [2] * 140] * 100)
+    plain, named = segmentation.overlay(opacity=1.0), segmentation.overlay(legend=True)
+    assert plain.size == (200, 100) and plain.getpixel((0, 0)) == (255, 0, 0)
+    assert segmentation.overlay(opacity=0.0).getpixel((0, 0)) == (100, 100, 100)
+    assert named.width == 200 and named.height > 100
+    colours = {named.getpixel((x, y)) for x in range(200) for y in range(100, named.height)}
+    assert {(255, 0, 0), (0, 0, 255)} <= colours and (0, 255, 0) not in colours
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (3, 500), (500, 3)])
+def test_a_legend_on_odd_shapes(shape):
+    picture = result(np.zeros(shape)).overlay(legend=True)
+    assert picture.width >= shape[1] and picture.height > shape[0]
+
+
+@pytest.mark.parametrize(('reduced', 'expected'), [(True, [1, 3]), (False, [0, 2])])
+def test_label_image_is_coded_as_annotations_are(reduced, expected):
+    assert np.asarray(result([[0, 2]], reduced).label_image()).tolist() == [expected]
+
+
+def test_configs_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = ROOT / 'configs' / 'upernet' / 'inceptionnext_t.py'
+    for name in ('upernet/inceptionnext_t', 'upernet/inceptionnext_t.py'):
+        assert find_config(name).samefile(expected)
+    assert find_config('upernet_inceptionnext_a').parent.name == 'mini'
+    with pytest.raises(UserError, match='several configs: say which of fpn/inceptionnext_t, upernet/inceptionnext_t'):
+        find_config('inceptionnext_t')
+    for name in ('upernet/inceptionnext_x', '/nowhere/upernet/inceptionnext_t', '_base_/default_runtime', '.'):
+        with pytest.raises(UserError, match='no config at'):
+            find_config(name)
+    shutil.copy(TINY_CONFIG, tmp_path / 'upernet_inceptionnext_a')
+    assert find_config('upernet_inceptionnext_a').samefile(tmp_path / 'upernet_inceptionnext_a')
