@@ -26,6 +26,7 @@ from support import ROOT, TINY_CONFIG, TINY_UPERNET
 from mmseg_inceptionnext.command_line import SHORT_NAMES
 from mmseg_inceptionnext.config import find_config, load_config
 from mmseg_inceptionnext.data import inspection
+from mmseg_inceptionnext.measure.paper import TABLE_6, TABLE_7
 from mmseg_inceptionnext.training.options import TrainOptions
 from mmseg_inceptionnext.training.train import train
 
@@ -62,8 +63,14 @@ train_cfg = dict(max_iters=2, val_interval=2)
 """
 
 # Whose options the table of a page lists.
-TABLES = {'benchmark': 'measure', 'check_dataset': 'data', 'export': 'deploy', 'predict': 'predict', 'test': 'evaluate'}
-TABLES = {f'{page}.md': tool for tool, page in (TABLES | {'train': 'train'}).items()}
+TABLES = {
+    'reproduce.md': 'benchmark',
+    'data.md': 'check_dataset',
+    'deploy.md': 'export',
+    'predict.md': 'predict',
+    'evaluate.md': 'test',
+    'train.md': 'train',
+}
 OF_OTHERS = {'--no-deps', '--max-restarts', '--logdir', '--nproc-per-node'}  # pip's, torchrun's, TensorBoard's
 
 
@@ -240,6 +247,31 @@ def test_links_lead_somewhere():
             if '://' not in link and not (target.exists() and (not anchor or anchor in anchors(target))):
                 wrong.append(f'{page.name}: {link}')
     assert wrong == []
+
+
+def test_the_readme_links_to_every_page():
+    links = re.findall(r'\]\((docs/\w+\.md)', (ROOT / 'README.md').read_text())
+    assert set(links) == {f'docs/{page.name}' for page in PAGES if page.parent.name == 'docs'}
+
+
+def rows(page: Path) -> list[list[str]]:
+    """The cells of all tables of a page."""
+    return [list(map(str.strip, line[1:-1].split('|'))) for line in prose(page).splitlines() if line.startswith('|')]
+
+
+def test_figures_of_the_models_stand_in_one_table():
+    """The one of docs/reproduce.md, with the paper's mIoU; the README's is an excerpt of it."""
+    figures = {}
+    for config, *cells in rows(ROOT / 'docs' / 'reproduce.md'):
+        if config.startswith('configs/') and len(cells) == 13:
+            params, gmacs, executed, miou = cells[1], cells[3], cells[7], cells[12]
+            figures[config] = [params, gmacs, gmacs if executed == '=' else executed, miou]
+    mious = {config: float(row[-1]) for config, row in figures.items()}
+    assert mious == {f'configs/{name}.py': row.miou for name, row in (TABLE_6 | TABLE_7).items()}
+    readme = [row for row in rows(ROOT / 'README.md') if len(row) == 6]
+    excerpt = [[params.removesuffix(' M'), *others] for _, size, params, *others in readme if size in ('T', 'S', 'B')]
+    names = [f'configs/{head}/inceptionnext_{size}.py' for head in ('upernet', 'fpn') for size in 'tsb']
+    assert excerpt == [figures[name] for name in names]
 
 
 def test_files_and_tests_that_are_named_exist():

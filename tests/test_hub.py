@@ -66,7 +66,7 @@ def test_mistakes_are_named(trained, tmp_path):
         get_config('upernet/nothing')
     with pytest.raises(UserError, match='no checkpoint at'):
         get_model(TINY_CONFIG, tmp_path / 'none.pth', 'cpu')
-    with pytest.raises(UserError, match='abacus cannot be used here'):
+    with pytest.raises(UserError, match="device='abacus' cannot be used here"):
         get_model(TINY_CONFIG, trained, 'abacus')
     with pytest.raises(UserError, match='does not fit'):
         get_model('mini/upernet_inceptionnext_a', trained, 'cpu')

@@ -170,8 +170,9 @@ def _serve(connection, config: str, setting: Setting, checkpoint: str | None) ->
 def _check(setting: Setting, configs: Sequence[str], checkpoints: Sequence[str]) -> None:
     if checkpoints and len(checkpoints) != len(configs):
         raise UserError(f'{len(checkpoints)} checkpoints for {len(configs)} configs: give one for each, or none')
-    if setting.repeat < 1 or (setting.batch_size is not None and setting.batch_size < 1):
-        raise UserError(f'repeat={setting.repeat} and batch_size={setting.batch_size} must be at least 1')
+    for name, number in (('repeat', setting.repeat), ('batch_size', setting.batch_size)):
+        if number is not None and number < 1:
+            raise UserError(f'{name}={number} must be at least 1')
     if setting.shape and min(setting.shape) < LARGEST_STRIDE:
         raise UserError(f'shape={tuple(setting.shape)}: no model takes less than {LARGEST_STRIDE} pixels a side')
     if setting.data_root is not None and setting.task != 'fps':

@@ -368,7 +368,7 @@ def test_names_that_cannot_be_files(name):
 
 def test_a_trusted_file_may_run(files, trained, tool, mini_root, tmp_path):
     marker = files['nested_in_state_dict'].parent / 'executed'
-    with pytest.raises(UserError, match='it wants to run builtins.exec, .* pass --trust-checkpoint'):
+    with pytest.raises(UserError, match='it wants to run builtins.exec, .* pass trust_checkpoint=True'):
         read_checkpoint(files['nested_in_state_dict'])
     assert not marker.exists()
     with trusting_checkpoints():

@@ -141,5 +141,5 @@ def test_sizes_are_rounded_up_where_the_config_does():
 
 def test_a_pipeline_without_a_scale():
     for pipeline in ([dict(type='PackSegInputs')], [dict(type='Resize', scale_factor=2.0)]):
-        with pytest.raises(UserError, match='--tta multiplies the scale of the Resize'):
+        with pytest.raises(UserError, match='tta=True multiplies the scale of the Resize'):
             use_multi_scale(Config(dict(pipeline=pipeline)))

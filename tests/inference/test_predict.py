@@ -153,7 +153,7 @@ def test_nothing_is_overwritten_unless_asked(folder, segmentor):
     sources = find_sources(['in'], Path('out'))
     Path('out').mkdir()
     Path('out/a.png').write_text('mine')
-    with pytest.raises(UserError, match=r'out/a.png exist already: pass --overwrite'):
+    with pytest.raises(UserError, match=r'out/a.png exist already: pass overwrite=True'):
         predict(segmentor, sources, Output(Path('out')))
     assert [path.name for path in Path('out').iterdir()] == ['a.png'] and Path('out/a.png').read_text() == 'mine'
     assert predict(segmentor, sources, Output(Path('out')), overwrite=True) == {}

@@ -71,16 +71,16 @@ def test_classes_are_asked_for_never_guessed(trained, paths, tmp_path):
 
 
 def test_mistakes(trained, segmentor, tmp_path):
-    with pytest.raises(UserError, match='--device nonsense cannot be used here'):
+    with pytest.raises(UserError, match="device='nonsense' cannot be used here"):
         Segmentor(TINY_CONFIG, trained, device='nonsense')
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match='--device cuda:7 cannot be used here'):
+        with pytest.raises(UserError, match="device='cuda:7' cannot be used here"):
             Segmentor(TINY_CONFIG, trained, device='cuda:7')
     with pytest.raises(UserError, match='nowhere.jpg: no such file'):
         segmentor(tmp_path / 'nowhere.jpg')
     with pytest.raises(UserError, match='does not fit the config'):
         Segmentor('mini/fpn_inceptionnext_a', trained)
-    with pytest.raises(UserError, match='--device meta cannot be used here'):
+    with pytest.raises(UserError, match="device='meta' cannot be used here"):
         Segmentor(TINY_CONFIG, trained, device='meta')
     with pytest.raises(TypeError):
         segmentor(7)

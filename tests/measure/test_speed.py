@@ -90,13 +90,13 @@ def test_real_images(mini_root):
     ('setting', 'checkpoints', 'message'),
     [
         (Setting(), ['a.pth', 'b.pth'], '2 checkpoints for 1 configs'),
-        (Setting(repeat=0), [], '--repeat'),
+        (Setting(repeat=0), [], 'repeat=0 must be'),
         (Setting(shape=(8, 512)), [], 'less than 32'),
-        (Setting(task='train', data_root='x'), [], '--data-root goes with --task fps'),
-        (Setting(precision='tf32'), [], 'tf32 needs a GPU'),
-        (Setting('train', precision='fp16'), [], 'fp16 needs a GPU'),
-        (Setting('train', fast=True), [], '--fast is for inference'),
-        (Setting(fast=True, layout='nchw'), [], '--fast chooses the layout'),
+        (Setting(task='train', data_root='x'), [], "data_root='x' goes with task='fps'"),
+        (Setting(precision='tf32'), [], "'tf32' needs a GPU"),
+        (Setting('train', precision='fp16'), [], "'fp16' needs a GPU"),
+        (Setting('train', fast=True), [], 'fast=True is for inference'),
+        (Setting(fast=True, layout='nchw'), [], 'fast=True chooses the layout'),
     ],
     ids=str,
 )
@@ -118,7 +118,7 @@ def test_table_and_plot(tmp_path):
     assert len(table) == 4 and len({len(line) for line in table}) == 1 and '1.50' in table[2]
     plot_tradeoff(rows, tmp_path / 'plot.png')
     assert (tmp_path / 'plot.png').stat().st_size > 10000
-    with pytest.raises(UserError, match='none of the configs stands in the paper'):
+    with pytest.raises(UserError, match='none of the configs is in the paper'):
         plot_tradeoff([speed('mini/fpn_inceptionnext_a', 1.0)], tmp_path / 'plot.png')
     with pytest.raises(UserError, match='plot.xyz'):
         plot_tradeoff(rows, tmp_path / 'plot.xyz')

@@ -172,7 +172,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(work_dir, tool_here, mini_root
     assert_user_error(tool_here('train', TINY_CONFIG, *data, '--launcher', 'pytorch'), 'torchrun', 'RANK is not set')
     small = ('--cfg-options', 'model.backbone.arch=atto', 'model.neck.in_channels=[40,80,160,320]')
     assert_user_error(tool_here('test', TINY_CONFIG, checkpoint, *data, *small), 'does not fit', 'shapes differ')
-    assert_user_error(tool_here('make_mini_ade20k', '--out', 'x', '--size', '3'), 'size=3')
+    assert_user_error(tool_here('make_mini_ade20k', '--out', 'x', '--size', '3'), '--size 3')
 
 
 def test_a_bad_label_met_by_a_worker_is_one_line_too(tool, mini_root, tmp_path):
@@ -186,7 +186,7 @@ def test_a_bad_label_met_by_a_worker_is_one_line_too(tool, mini_root, tmp_path):
     ('options', 'said'),
     [
         (['model.backbone.type=InceptionNext'], "type='InceptionNext' in the config is not the name of a model; Incep"),
-        (['default_hooks.timer.type=Tea'], "type='Tea' in the config is not the name of a hook: mend it"),
+        (['default_hooks.timer.type=Tea'], "type='Tea' in the config is not the name of a hook: correct it"),
         (['model.decode_head.chanels=4'], 'chanels in the config is not an argument of BaseDecodeHead'),
         (['train_dataloader.batchsize=4'], 'batchsize in the config is not an argument of DataLoader'),
     ],

@@ -218,7 +218,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(tiny_cfg, h
     damage(work_dir / 'last_checkpoint', 'empty' if how == 'empty' else '')
     runner = train(deepcopy(tiny_cfg), TrainOptions(resume=True))
     log = (Path(runner.log_dir) / f'{runner.timestamp}.log').read_text()
-    assert re.search(r'iter_6\.pth .*going on from .*iter_5\.pth: 1 iterations are lost', log, re.DOTALL)
+    assert re.search(r'iter_6\.pth .*resuming from .*iter_5\.pth: 1 iterations are lost', log, re.DOTALL)
     assert 'Iter(train) [6/6]' in log and 'Iter(train) [5/6]' not in log
     assert [key for key in whole if not torch.equal(whole[key], runner.model.state_dict()[key])] == []
 
@@ -242,7 +242,7 @@ def test_a_damaged_pointer_hides_no_checkpoint(tiny_cfg, trained, pointer):
 
 
 def test_an_empty_name_is_no_reason_to_start_anew(tiny_cfg):
-    with pytest.raises(UserError, match='--resume names no checkpoint'):
+    with pytest.raises(UserError, match="resume='' names no checkpoint"):
         train(tiny_cfg, TrainOptions(resume=''))
 
 
@@ -286,7 +286,7 @@ def test_a_bad_image_in_one_of_two_processes_costs_no_iteration(training, spoilt
 def test_a_named_checkpoint_that_is_damaged_is_not_replaced_but_the_one_before_is_named(tiny_cfg):
     train(deepcopy(tiny_cfg), TrainOptions(seed=5))
     damage(Path(tiny_cfg.work_dir, 'iter_6.pth'), 'truncated')
-    with pytest.raises(UserError, match=r'iter_6\.pth is truncated.*--resume .*iter_3\.pth is the one before'):
+    with pytest.raises(UserError, match=r'iter_6\.pth is truncated.*resume=.*iter_3\.pth' is the one before'):
         train(deepcopy(tiny_cfg), TrainOptions(resume=str(Path(tiny_cfg.work_dir, 'iter_6.pth'))))
 
 
@@ -498,7 +498,7 @@ def test_a_bad_image_met_by_a_worker_costs_no_iteration(tiny_cfg, spoilt_root, m
     whole = train(variant(tiny_cfg, tmp_path / 'whole'), TrainOptions(seed=5)).model.state_dict()
     set_data_root(tiny_cfg, spoilt_root)
     path = spoil(spoilt_root, 3)
-    with pytest.raises(UserError, match=rf'{path.name}: .*truncated.*; (.*iter_\d.*|.*no checkpoint.*)--resume'):
+    with pytest.raises(UserError, match=rf'{path.name}: .*truncated.*; (.*iter_\d.*|.*no checkpoint.*)resume=True'):
         train(variant(tiny_cfg, tmp_path / 'parts'), TrainOptions(seed=5))
     shutil.copy(mini_root / path.relative_to(spoilt_root), path)
     resumed = train(variant(tiny_cfg, tmp_path / 'parts'), TrainOptions(seed=5, resume=True)).model.state_dict()
@@ -582,7 +582,7 @@ def test_of_a_worker_that_dies_the_file_is_named(tiny_cfg):
     tiny_cfg.train_dataloader.update(num_workers=2)
     tiny_cfg.train_dataloader.dataset.pipeline.insert(1, dict(type='DieAt', name='ADE_train_00000003.jpg'))
     with pytest.raises(
-        UserError, match=r'a data-loading worker .*, on .*_00000003\.jpg and .*_00000003\.png: .*--resume'
+        UserError, match=r'a data-loading worker .*, on .*_00000003\.jpg and .*_00000003\.png: .*resume=True'
     ):
         train(tiny_cfg, TrainOptions(seed=5))
 

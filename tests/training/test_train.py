@@ -228,7 +228,7 @@ def test_fine_tuning_from_a_segmentor_is_all_or_nothing(tiny_cfg, tmp_path):
 
 def test_seeds_that_numpy_cannot_take(tiny_cfg):
     for seed in (-1, 2**32):
-        with pytest.raises(UserError, match='--seed'):
+        with pytest.raises(UserError, match='seed='):
             train(tiny_cfg, TrainOptions(seed=seed))
 
 
