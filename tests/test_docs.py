@@ -279,10 +279,10 @@ def test_files_and_tests_that_are_named_exist():
     wrong, tests = [], 0
     for page in PAGES:
         for span in spans(page):
-            if match := re.fullmatch(r'(?:tests/)?(test_\w+\.py)(?:::(\w+)…?)?', span):
-                file, test = ROOT / 'tests' / match[1], match[2] or ''
+            if match := re.fullmatch(r'(?:tests/)?((?:\w+/)?test_\w+\.py)(?:::(\w+)…?)?', span):
+                files, test = list((ROOT / 'tests').rglob(match[1])), match[2] or ''
                 tests += 1
-                if not (file.is_file() and f'\ndef {test}' in file.read_text()):
+                if not (len(files) == 1 and f'\ndef {test}' in files[0].read_text()):
                     wrong.append(f'{page.name}: {span}')
             elif re.match(rf'({folders})/', span):
                 path = span.split()[0]

@@ -50,7 +50,7 @@ def test_files_that_do_not_do(tmp_path, content, message):
     )],
 )  # fmt: skip
 def test_a_checkpoint_without_classes_is_not_guessed(checkpoint):
-    with pytest.raises(UserError, match=r'x\.pth does not say what its classes are: pass classes='ade20k'\"):
+    with pytest.raises(UserError, match=r"x\.pth does not say what its classes are: pass classes='ade20k'"):
         classes_of_checkpoint(checkpoint, 'x.pth')
 
 

@@ -140,7 +140,7 @@ def test_labels_of_a_fixed_size(fixed, checkpoints, paths):
     assert labels.shape == (2, 96, 96) and labels.dtype == np.int64
     expected = expected_logits(TINY_UPERNET, checkpoints['upernet'], images).argmax(1).numpy()
     assert np.mean(labels != expected) < 1e-3
-    with pytest.raises(UserError, match='takes images of 96×96, not of 160×160: export it with --dynamic'):
+    with pytest.raises(UserError, match='takes images of 96×96, not of 160×160: export it with dynamic=True'):
         Segmentor(fixed)(paths[0])
 
 
