@@ -112,7 +112,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_trust_option(parser: argparse.ArgumentParser) -> None:
-    """The option that opens :func:`mmseg_inceptionnext.checkpoints.reading.trusting_checkpoints`."""
+    """Add the option that opens :func:`mmseg_inceptionnext.trusting_checkpoints`."""
     parser.add_argument(
         '--trust-checkpoint', action='store_true', help='let checkpoints run any code: for files whose maker you know'
     )

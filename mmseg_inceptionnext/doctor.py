@@ -1,7 +1,7 @@
-"""What is installed, what is wrong with it, and the commands that mend it.
+"""Say what is installed, what is wrong with it, and the commands that fix it.
 
-This has to work where torch or mmseg cannot be imported. So it imports nothing but Python's own modules, reads versions
-from what pip has recorded, and tries imports in another process, which may crash.
+This must work where torch or mmseg cannot be imported. So it imports only Python's own modules, reads versions from what
+pip has recorded, and tries imports in another process, which may crash.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-# What installs each import name of OpenMMLab's: the maintained distribution, then upstream's. Two of one line overwrite
-# each other's files.
+# The distributions that install each import name: the maintained one, then upstream's. Two of one line overwrite each
+# other's files.
 STACK = {
     'mmengine': ('onedl-mmengine', 'mmengine', 'mmengine-lite'),
     'mmcv': ('onedl-mmcv', 'mmcv', 'mmcv-lite', 'mmcv-full'),
@@ -30,12 +30,12 @@ OPENCV = ('opencv-python', 'opencv-python-headless', 'opencv-contrib-python', 'o
 ONNX = ('onnx', 'onnxruntime', 'onnxscript')
 OTHERS = ('torch', 'torchvision', 'timm', 'numpy', 'setuptools')
 
-# In this order: an import that fails makes those after it fail.
+# In order of dependence: an import that fails makes those after it fail.
 IMPORTS = ('numpy', 'cv2', 'torch', 'torchvision', 'timm', 'mmengine', 'mmcv', 'mmseg')
 
-_NUMPY_1 = 'compiled using NumPy 1.x'  # what numpy 2 says of a build that it cannot serve
+_NUMPY_1 = 'compiled using NumPy 1.x'  # in numpy 2's message about a build that it cannot run
 
-# Run by another Python; a line of JSON for each import, at once, so that a crash shows where it was.
+# Run in another process; it prints a line of JSON after each import, so that a crash shows where it was.
 _TRY_IMPORTS = """
 import contextlib, importlib.util, io, json, sys
 
@@ -64,19 +64,19 @@ if torch is not None and hasattr(torch, 'cuda'):
 
 @dataclass(frozen=True)
 class Environment:
-    """What is installed, and what it says.
+    """What is installed, and what it reports.
 
     Attributes:
-        python: Its version.
-        versions: Of the distributions that are installed.
-        errors: By import name, why an import fails.
-        hidden: By import name, the file in the current folder that Python takes for it.
-        numpy_1: Import names whose compiled parts were built for numpy 1 and are refused by numpy 2.
+        python: Version of Python.
+        versions: Version of each distribution that is installed.
+        errors: Why an import fails, by import name.
+        hidden: The file in the current folder that Python imports instead, by import name.
+        numpy_1: Import names whose compiled parts were built for numpy 1, which numpy 2 refuses.
         mmcv_ops: Whether mmcv has its compiled operators.
-        cuda: The version that torch was built for; None for a CPU's build, or where torch cannot be imported.
+        cuda: CUDA version that torch was built for; None for a CPU build, or where torch cannot be imported.
         driver: Version of NVIDIA's driver; None without one.
-        gpus: Names of those that torch sees.
-        bf16: Whether they compute in bfloat16.
+        gpus: Names of the GPUs that torch sees.
+        bf16: Whether the GPUs compute in bfloat16.
     """
 
     python: str = '3.11.0'
@@ -91,13 +91,13 @@ class Environment:
     bf16: bool = False
 
     def has(self, distribution: str, least: str = '0', below: str = '9999') -> bool:
-        """Whether a distribution is installed in a version from ``least`` on and below another."""
+        """Return whether a distribution is installed in a version from ``least`` up to, but not including, ``below``."""
         return distribution in self.versions and (
             _number(least) <= _number(self.versions[distribution]) < _number(below)
         )
 
     def installed(self, distributions: tuple[str, ...]) -> list[str]:
-        """Those of some distributions that are installed, in the same order."""
+        """Return which of some distributions are installed, in the same order."""
         return [name for name in distributions if name in self.versions]
 
 
@@ -106,9 +106,9 @@ class Finding:
     """Something to know.
 
     Attributes:
-        text: What it is, and what comes of it.
-        command: What mends it; for a note, what changes it, if anything does.
-        is_fault: Something does not work. Otherwise it is a note.
+        text: What it is, and its consequence.
+        command: Command that fixes it; for a note, one that changes it, if there is one.
+        is_fault: Whether something does not work; otherwise it is a note.
     """
 
     text: str
@@ -117,7 +117,7 @@ class Finding:
 
 
 def read_environment() -> Environment:
-    """Look at the Python that runs this. Takes seconds: torch and mmseg are imported, in another process."""
+    """Look at the Python that runs this. It takes seconds: another process imports torch and mmseg."""
     versions = {}
     for name in (*(name for line in STACK.values() for name in line), *OPENCV, *ONNX, *OTHERS, 'mmseg-inceptionnext'):
         try:
@@ -149,7 +149,7 @@ def read_environment() -> Environment:
 
 
 def findings(env: Environment) -> list[Finding]:
-    """All that is to be known of an environment, faults first; what others follow from comes before them."""
+    """List all findings about an environment, faults first, and causes before their consequences."""
     found = [*_hidden(env), *_python_and_torch(env), *_numpy_and_opencv(env), *_stack(env), *_gpu(env), *_options(env)]
     if not any(finding.is_fault for finding in found):
         found += _unexplained(env)
@@ -198,7 +198,7 @@ def _numpy_and_opencv(env: Environment) -> Iterator[Finding]:
         first = env.numpy_1[0]
         command = f'pip install --upgrade {upgrades[first]}' if first in upgrades else "pip install 'numpy<2'"
         yield Finding(
-            f'importing {", ".join(env.numpy_1)} meets code that was built for numpy 1, which numpy '
+            f'importing {", ".join(env.numpy_1)} loads code that was built for numpy 1, which numpy '
             f'{env.versions.get("numpy")} does not run',
             command,
         )
@@ -236,12 +236,12 @@ def _upstream_mmseg(env: Environment) -> Iterator[Finding]:
     to_maintained = 'pip uninstall -y mmsegmentation && pip install onedl-mmsegmentation'
     mmcv = next(iter(env.installed(STACK['mmcv'])), '')
     to_older = f"pip uninstall -y {mmcv} && pip install 'mmcv>=2.0.0,<2.2.0'"
-    mend = to_maintained if mmcv == 'onedl-mmcv' else to_older
+    fix = to_maintained if mmcv == 'onedl-mmcv' else to_older
     name = f'upstream mmsegmentation {env.versions["mmsegmentation"]}'
     if mmcv and env.has(mmcv, '2.2') and env.has('mmsegmentation', below='1.2.3'):
-        yield Finding(f'{name} refuses {mmcv} {env.versions[mmcv]}: it takes those below 2.2.0', mend)
+        yield Finding(f'{name} refuses {mmcv} {env.versions[mmcv]}: it takes those below 2.2.0', fix)
     elif mmcv and not env.mmcv_ops and not env.errors.keys() - {'mmseg'}:  # else mmcv may not have been reached
-        yield Finding(f"{name} cannot be imported without mmcv's compiled operators, which {mmcv} lacks here", mend)
+        yield Finding(f"{name} cannot be imported without mmcv's compiled operators, which {mmcv} lacks here", fix)
 
 
 def _gpu(env: Environment) -> Iterator[Finding]:
@@ -275,7 +275,7 @@ def _options(env: Environment) -> Iterator[Finding]:
 
 
 def _unexplained(env: Environment) -> Iterator[Finding]:
-    """The first import that fails; the others may follow from it."""
+    """Yield the first import that fails; it may be the cause of the others."""
     providers = {'cv2': OPENCV, **STACK}
     for name in IMPORTS:
         if name in env.errors:
@@ -289,7 +289,7 @@ def _unexplained(env: Environment) -> Iterator[Finding]:
 
 
 def report(env: Environment, found: list[Finding]) -> str:
-    """The environment and what :func:`findings` found, as text."""
+    """Format the environment and what :func:`findings` found."""
     lines = [
         f'mmseg_inceptionnext {env.versions.get("mmseg-inceptionnext", "(not installed)")} in {Path(__file__).parent}'
     ]
@@ -326,7 +326,7 @@ def _gpus(env: Environment) -> str:
 
 
 def _number(text: str) -> tuple[int, ...]:
-    """Of a version such as 2.14.1+cu130, what is compared."""
+    """Return the comparable part of a version such as 2.14.1+cu130."""
     return tuple(int(part) for part in re.findall(r'\d+', text.partition('+')[0])[:3])
 
 
@@ -352,10 +352,10 @@ def _driver() -> str | None:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the report. The exit code: 0, or 1 if something is wrong."""
+    """Print the report; return the exit code: 0, or 1 if something is wrong."""
     parser = argparse.ArgumentParser(
         prog='python -m mmseg_inceptionnext doctor',
-        description='Say what is installed, what is wrong with it, and the commands that mend it.',
+        description='Say what is installed, what is wrong with it, and the commands that fix it.',
     )
     parser.parse_args(arguments)
     env = read_environment()

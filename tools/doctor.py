@@ -1,4 +1,4 @@
-"""Say what is installed, what is wrong with it, and the commands that mend it."""
+"""Say what is installed, what is wrong with it, and the commands that fix it."""
 
 import runpy
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-# A data set of one's own with two classes, on the Semantic FPN recipe. In the annotations 0 is road, 1 is the rest, and
+# A data set of your own with two classes, on the Semantic FPN recipe. In the annotations 0 is road, 1 is the rest, and
 # 255 is ignored. A class that is not to be learned at all needs reduce_zero_label=True instead, as ADE20K has it.
 _base_ = '../../configs/fpn/inceptionnext_t.py'
 

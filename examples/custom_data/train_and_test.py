@@ -1,4 +1,4 @@
-"""A data set of one's own, from a folder to mIoU: check, train, evaluate the best checkpoint, segment an image.
+"""A data set of your own, from a folder to mIoU: check, train, evaluate the best checkpoint, segment an image.
 
 The folder has images/{training,validation}/*.jpg and annotations/{training,validation}/*.png; classes, colours and
 schedule are in config.py beside this file.

@@ -197,7 +197,7 @@ class _Checker(pickle._Unpickler):  # the one in Python, whose instructions can 
         return self._storage(*pid)
 
     def _encode(self, text: str, encoding: str) -> bytes:
-        """How protocol 2 writes bytes; each time a copy."""
+        """Decode bytes, which protocol 2 writes as text; each occurrence makes a copy."""
         self._left -= len(text)
         _demand(encoding == 'latin1' and self._left >= 0, 'bytes are copied')
         return text.encode(encoding)

@@ -1,4 +1,4 @@
-"""A data set to try everything on: procedural scenes in the layout and label coding of ADEChallengeData2016.
+"""Make a data set to try everything on: procedural scenes in the layout and label coding of ADEChallengeData2016.
 
 Four kinds of scene (street, coast, countryside, room) are painted back to front with some fifty of ADE20K's classes.
 Colours overlap between classes and light varies between images, so that texture, shape and place have to be learnt.
@@ -28,14 +28,14 @@ def make_mini_ade20k(out: str | Path, train: int = 64, val: int = 16, size: int 
     """Write ``images/{training,validation}/*.jpg`` and ``annotations/{training,validation}/*.png`` under ``out``.
 
     Args:
-        out: A folder that does not exist yet, or is empty.
+        out: Path of a folder that does not exist yet, or is empty.
         train, val: Number of image pairs of each split, above 0. A pair depends on the seed, the split and its
             number only: a larger data set starts with the smaller one.
         size: Height and width in pixels, at least 64.
-        seed: Of the scenes.
+        seed: Seed of the scenes.
 
     Raises:
-        UserError: ``out`` holds something already or cannot be written, or a number is out of range.
+        UserError: ``out`` is not empty or cannot be written, or a number is out of range.
     """
     out = Path(out)
     if min(train, val) < 1 or size < 64 or seed < 0:
@@ -59,7 +59,7 @@ def make_mini_ade20k(out: str | Path, train: int = 64, val: int = 16, size: int 
 
 
 def paint_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """One scene.
+    """Paint one scene.
 
     Returns:
         The image, (size, size, 3) uint8 RGB, and its label map, (size, size) uint8 with 0 for unlabelled pixels and
@@ -109,23 +109,23 @@ class Canvas:
         return ((self.x - x) / rx) ** 2 + ((self.y - y) / ry) ** 2 < 1
 
     def blob(self, x: float, y: float, rx: float, ry: float) -> np.ndarray:
-        """An ellipse with a ragged edge."""
+        """Return an ellipse with a ragged edge."""
         return ((self.x - x) / rx) ** 2 + ((self.y - y) / ry) ** 2 + 0.7 * self.noise(rx / 3) < 1
 
     def below(self, level: float, roughness: float = 0.0, cell: float = 0.3) -> np.ndarray:
-        """Everything under a line, straight or rolling."""
+        """Return everything under a line, straight or rolling."""
         return self.y > level + roughness * self.noise(cell)[:1]
 
     # Fields: float arrays that broadcast to the image.
 
     def noise(self, cell: float) -> np.ndarray:
-        """Smooth noise of about unit amplitude whose spots are ``cell`` wide. (side, side)."""
+        """Return smooth noise of about unit amplitude, with spots ``cell`` wide: (side, side)."""
         n = max(2, round(1 / cell)) + 1
         coarse = self.rng.standard_normal((n, n)).astype(np.float32)
         return cv2.resize(coarse, (self.side, self.side), interpolation=cv2.INTER_CUBIC)
 
     def stripes(self, across: np.ndarray, period: float) -> np.ndarray:
-        """-1 … 1 in waves along ``across``, one of the coordinates."""
+        """Return waves from -1 to 1 along ``across``, one of the coordinates."""
         return np.sin(across * (2 * np.pi / period) + self.rng.uniform(0, 6.3))
 
     def colour(self, *rgb: float, spread: float = 28.0) -> np.ndarray:
@@ -167,7 +167,7 @@ class Canvas:
         )
 
     def windows(self, left: float, top: float, right: float, bottom: float, columns: int, rows: int) -> np.ndarray:
-        """A mask of panes in a regular grid."""
+        """Return a mask of panes in a regular grid."""
         u = (self.x - left) / (right - left) * columns % 1
         v = (self.y - top) / (bottom - top) * rows % 1
         return self.box(left, top, right, bottom) & (abs(u - 0.5) < 0.27) & (abs(v - 0.5) < 0.3)
@@ -181,7 +181,7 @@ class Canvas:
         self.image[panes] = self.colour(75, 90, 110) + 12 * self.noise(0.05)[panes][:, None]
 
     def clutter(self) -> None:
-        """Something that nobody labelled, in front of everything."""
+        """Paint something unlabelled in front of everything."""
         x, y = self.rng.uniform(0.1, 0.9, 2)
         points = [(x + dx, y + dy) for dx, dy in self.rng.normal(0, 0.06, (5, 2))]
         mask = self.polygon(*points)
@@ -189,7 +189,7 @@ class Canvas:
         self.labels[mask] = UNLABELLED
 
     def finish(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Light, shade and the camera's noise; then the wanted size."""
+        """Add light, shade and the camera's noise; return image and labels at the wanted size."""
         angle = self.rng.uniform(0, 2 * np.pi)
         light = 1 + 0.22 * ((self.x - 0.5) * np.cos(angle) + (self.y - 0.5) * np.sin(angle)) + 0.05 * self.noise(0.4)
         image = self.image * (light * self.rng.uniform(0.7, 1.15))[..., None] * self.rng.uniform(0.9, 1.1, 3)
