@@ -1,6 +1,6 @@
 """Say what is installed, what is wrong with it, and the commands that fix it.
 
-This must work where torch or mmseg cannot be imported. So it imports only Python's own modules, reads versions from what
+This must work where torch or mmseg cannot be imported. So it imports only Python's own modules, reads the versions that
 pip has recorded, and tries imports in another process, which may crash.
 """
 
@@ -91,7 +91,7 @@ class Environment:
     bf16: bool = False
 
     def has(self, distribution: str, least: str = '0', below: str = '9999') -> bool:
-        """Return whether a distribution is installed in a version from ``least`` up to, but not including, ``below``."""
+        """Return whether a distribution is installed in a version of at least ``least`` and below ``below``."""
         return distribution in self.versions and (
             _number(least) <= _number(self.versions[distribution]) < _number(below)
         )

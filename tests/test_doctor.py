@@ -51,12 +51,12 @@ def test_a_sound_environment_has_no_findings():
         ),
         (
             replace(SOUND, numpy_1=('cv2',)),
-            'importing cv2 meets code that was built for numpy 1',
+            'importing cv2 loads code that was built for numpy 1',
             'pip install --upgrade opencv-python',
         ),
         (
             replace(SOUND_UPSTREAM, numpy_1=('mmcv',)),
-            'importing mmcv meets code that was built for numpy 1',
+            'importing mmcv loads code that was built for numpy 1',
             "pip install 'numpy<2'",
         ),
         (changed(SOUND, ('onedl-mmcv',)), 'mmcv is missing', 'pip install onedl-mmcv'),

@@ -53,7 +53,7 @@ def wrong(found) -> dict[str, str]:
 
 
 def use_own_classes(cfg, number: int, **options) -> None:
-    """A data set of one's own instead of ADE20K."""
+    """A data set of your own instead of ADE20K."""
     metainfo = dict(classes=[f'class {i}' for i in range(number)])
     for split in ('train', 'val', 'test'):
         old = cfg[f'{split}_dataloader'].dataset

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
 from mmseg.registry import DATASETS, HOOKS
@@ -13,7 +14,7 @@ from PIL import Image
 from support import TINY_CONFIG, variant
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmseg_inceptionnext import UserError, ValidationSamplesHook
+from mmseg_inceptionnext import SafeCheckpointHook, TolerantValLoop, UserError, ValidationSamplesHook
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.evaluation import evaluate
@@ -273,3 +274,27 @@ def test_the_summary_of_a_run_without_validation(tiny_cfg):
     tiny_cfg.update(val_dataloader=None, val_evaluator=None, val_cfg=None)
     end = run_result(train(tiny_cfg, TrainOptions(weights='none', seed=5)))
     assert (end['best'], end['iteration'], end['checkpoint'].name) == (None, 6, 'iter_6.pth')
+
+
+def test_the_saved_config_says_what_was_written(tiny_cfg, trained, mini_root):
+    """Not what this machine makes of it: it serves on a GPU, and where this package is not installed."""
+    tiny_cfg.default_hooks.checkpoint.type, tiny_cfg.val_cfg = 'CheckpointHook', dict(type='ValLoop')
+    tiny_cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(trained))
+    tiny_cfg.load_from, tiny_cfg.train_cfg.max_iters = str(trained), 2
+    runner = train(tiny_cfg, TrainOptions(seed=5))
+    assert isinstance(runner.checkpoint_hook, SafeCheckpointHook) and isinstance(runner.val_loop, TolerantValLoop)
+    path = Path(runner.work_dir, Path(tiny_cfg.filename).name)
+    saved = path.read_text()
+    for longer in (True, False):
+        cfg = Config.fromfile(path)
+        assert cfg.model.backbone.init_cfg.checkpoint == cfg.load_from == str(trained)
+        assert (cfg.default_hooks.checkpoint.type, cfg.val_cfg.type) == ('CheckpointHook', 'ValLoop')
+        assert 'SyncBN' in saved and "type='BN'" not in saved and cfg.randomness.seed == 5
+        assert 'model_wrapper_cfg' not in cfg and not cfg.get('resume')
+        if longer:
+            cfg.train_cfg.max_iters = 3
+            assert train(cfg, TrainOptions(resume=True)).iter == 3
+            cfg = load_config(path, work_dir=runner.work_dir, data_root=mini_root)
+            saved = path.read_text()
+            evaluate(cfg, Path(runner.work_dir, 'iter_3.pth'), tta=True)
+            assert path.read_text() == saved  # a test, whose pipeline is another, leaves it alone
