@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from mmseg.models.segmentors import EncoderDecoder, SegTTAModel
 from mmseg.structures import SegDataSample
 
-from mmseg_inceptionnext.command_line import exit_if_any_failed, run
+from mmseg_inceptionnext.command_line import exit_if_any_failed, markdown_table, run
 from mmseg_inceptionnext.config import read_config
 from mmseg_inceptionnext.data.pipeline import RATIOS
 from mmseg_inceptionnext.inference.label_map_segmentor import label_map
 from mmseg_inceptionnext.inference.multi_scale_segmentor import multi_scale_label_map
 from mmseg_inceptionnext.measure.complexity import measure_complexity
 from mmseg_inceptionnext.measure.speed import interleave, measure_speed
-from mmseg_inceptionnext.measure.tables import markdown_table
 from mmseg_inceptionnext.measure.timed_model import Setting
 from mmseg_inceptionnext.models.build import build_segmentor
 

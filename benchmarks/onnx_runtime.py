@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from mmseg.structures import SegDataSample
 
-from mmseg_inceptionnext.command_line import run
+from mmseg_inceptionnext.command_line import markdown_table, run
 from mmseg_inceptionnext.config import find_config, read_config
 from mmseg_inceptionnext.export import export
 from mmseg_inceptionnext.inference import optimize_for_inference
 from mmseg_inceptionnext.inference.onnx_model import OnnxModel
 from mmseg_inceptionnext.measure.speed import interleave
-from mmseg_inceptionnext.measure.tables import markdown_table
 from mmseg_inceptionnext.models.build import build_segmentor
 
 STOCK = Path(__file__).parent / 'stock_upernet_t.py'

@@ -14,11 +14,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from mmseg_inceptionnext.command_line import positive_int, run
+from mmseg_inceptionnext.command_line import markdown_table, positive_int, run
 from mmseg_inceptionnext.data.reading import read_pair, reader
 from mmseg_inceptionnext.images import read_image
 from mmseg_inceptionnext.measure.speed import interleave
-from mmseg_inceptionnext.measure.tables import markdown_table
 
 
 def paint(path: Path, seed: int) -> None:

@@ -12,10 +12,9 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from torch.nn import SyncBatchNorm
 
-from mmseg_inceptionnext.command_line import run
+from mmseg_inceptionnext.command_line import markdown_table, run
 from mmseg_inceptionnext.config import read_config
 from mmseg_inceptionnext.measure.complexity import count_gmacs
-from mmseg_inceptionnext.report.markdown import markdown_table
 
 # Training throughput on an A100 with TF32, images/s at 224×224 (paper, Table 4), and GMACs of such an image (Table 3).
 PAPER = {'t': (901, 4.2), 's': (521, 8.4), 'b': (375, 14.9)}

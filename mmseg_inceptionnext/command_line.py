@@ -1,4 +1,4 @@
-"""Share between the tools what they have in common: options, their types, and one line for a user's mistake."""
+"""Share what the tools have in common: options, their types, tables, and one line for a user's mistake."""
 
 from __future__ import annotations
 
@@ -201,3 +201,15 @@ def exit_if_any_failed(failures: dict[str, str]) -> None:
         print(f'error: {config}: {name_flags(message.strip(), _flags)}', file=sys.stderr)
     if failures:
         sys.exit(1 if any('Traceback' in message for message in failures.values()) else 2)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a table with its columns aligned: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return '| ' + ' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + ' |'
+
+    rule = ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])]
+    return '\n'.join(map(line, (header, rule, *rows)))

@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmseg_inceptionnext.command_line import markdown_table
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.evaluation.metrics import HEADLINE
-from mmseg_inceptionnext.measure.tables import markdown_table
 
 
 @dataclass(frozen=True)

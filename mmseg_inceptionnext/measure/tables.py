@@ -4,21 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mmseg_inceptionnext.command_line import markdown_table
 from mmseg_inceptionnext.measure.complexity import Complexity
 from mmseg_inceptionnext.measure.paper import paper_row
 from mmseg_inceptionnext.measure.speed import Speed
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a table with its columns aligned: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return '| ' + ' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + ' |'
-
-    rule = ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])]
-    return '\n'.join(map(line, (header, rule, *rows)))
 
 
 def complexity_table(rows: Sequence[Complexity], paper: bool = False) -> str:
