@@ -17,7 +17,7 @@ from mmseg.structures import SegDataSample
 
 from mmseg_inceptionnext.command_line import exit_if_any_failed, markdown_table, run
 from mmseg_inceptionnext.config import read_config
-from mmseg_inceptionnext.data.pipeline import RATIOS
+from mmseg_inceptionnext.data.pipeline import TTA_RATIOS
 from mmseg_inceptionnext.inference.label_map_segmentor import label_map
 from mmseg_inceptionnext.inference.multi_scale_segmentor import multi_scale_label_map
 from mmseg_inceptionnext.measure.complexity import measure_complexity
@@ -123,7 +123,7 @@ def tail(repeat: int) -> None:
 def tail_of_multi_scale(repeat: int) -> None:
     """From the logits of a head for the twelve views of --tta to the label map."""
     views, metas = [], []
-    for ratio in RATIOS:
+    for ratio in TTA_RATIOS:
         height, width = round(128 * ratio), round(171 * ratio)
         for flip in (False, True):
             views.append(F.interpolate(torch.randn(1, 150, 16, 21), (height, width), mode='bicubic'))

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mmseg_inceptionnext.command_line import markdown_table, positive_int, run
-from mmseg_inceptionnext.data.reading import read_pair, reader
+from mmseg_inceptionnext.data.read_pairs import pair_reader, read_pair
 from mmseg_inceptionnext.images import read_image
 from mmseg_inceptionnext.measure.speed import interleave
 
@@ -40,7 +40,7 @@ def main() -> None:
         for i in range(args.images):
             paint(Path(folder, f'{i}.jpg'), i)
         files = 4 * sorted(map(str, Path(folder).iterdir()))
-        with reader(args.workers) as read:
+        with pair_reader(args.workers) as read:
             ways = {
                 'read_image, one process': lambda: [read_image(file) for file in files],
                 'read_pair, one process': lambda: [read_pair(file, None) for file in files],

@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def usage(tools: dict[str, Path]) -> str:
-    """Return how to call this, with the first line of each tool's docstring."""
+    """Return the usage, with the first line of each tool's docstring."""
     lines = ['usage: python -m mmseg_inceptionnext COMMAND …   (COMMAND --help says more)', '']
     for name, path in sorted(tools.items()):
         lines.append(f'  {name:<12} {ast.get_docstring(ast.parse(path.read_bytes())).splitlines()[0]}')

@@ -1,4 +1,4 @@
-"""Share what the tools have in common: options, their types, tables, and one line for a user's mistake."""
+"""What all tools share: options, argument types, tables, and one-line errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from mmengine.config import DictAction
 
-from mmseg_inceptionnext.config import user_mistake
+from mmseg_inceptionnext.config import user_error_message
 from mmseg_inceptionnext.files import DISK_FULL_ERRNOS
 
 # What `python -m mmseg_inceptionnext` calls those tools that it does not call by the name of their file.
@@ -31,7 +31,7 @@ SHORT_NAMES = {
 
 
 def command(tool: str) -> str:
-    """Return the command that calls a tool the way that the running one was called, to be printed and copied.
+    """Return the shell command of another tool, as a script or a module like the running one.
 
     Args:
         tool: Name of the tool's file, without the suffix.
@@ -41,12 +41,12 @@ def command(tool: str) -> str:
     return shlex.join(['python', str(Path(sys.argv[0]).absolute().with_name(f'{tool}.py'))])
 
 
-# Options of the tool that runs: by the name of the argument that each sets, the flag.
+# Flag of each argument of the running tool, by the argument's name.
 _flags: dict[str, str] = {}
 
 
 class ToolParser(argparse.ArgumentParser):
-    """An ArgumentParser for a tool; errors of the functions that it calls then name the tool's flags.
+    """An ArgumentParser for a tool; it also lets errors of the library name the tool's flags.
 
     Args:
         tool: Name of the tool's file, without the suffix.
@@ -88,7 +88,7 @@ def name_flags(message: str, flags: dict[str, str]) -> str:
 
 
 class CfgOptions(DictAction):
-    """mmengine's KEY=VALUE pairs; something else is an error of the command line, not a traceback."""
+    """mmengine's DictAction, with a usage error for a value that is not KEY=VALUE."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         if odd := [value for value in values if '=' not in value]:
@@ -114,12 +114,12 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 def add_trust_option(parser: argparse.ArgumentParser) -> None:
     """Add the option that opens :func:`mmseg_inceptionnext.trusting_checkpoints`."""
     parser.add_argument(
-        '--trust-checkpoint', action='store_true', help='let checkpoints run any code: for files whose maker you know'
+        '--trust-checkpoint', action='store_true', help='let checkpoints run any code: only for files that you trust'
     )
 
 
 def output_file(text: str) -> Path:
-    """Parse the path of a file that can be written; checked before hours are spent on its content."""
+    """Parse the path of an output file; fail now if it cannot be written, not after hours."""
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def output_folder(text: str) -> Path:
 
 
 def positive_int(text: str) -> int:
-    """Parse 1, 2, …"""
+    """Parse an integer above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a positive whole number')
     return int(text)
@@ -151,9 +151,9 @@ def positive_int(text: str) -> int:
 
 def run(main: Callable[[], None]) -> None:
     """Call a tool's main function; a user's mistake ends in one line on stderr and exit code 2."""
-    # The recipes average the loss as mmseg always did, over ignored pixels too, and mmseg advises against it each time.
+    # The recipes keep mmseg's default, which averages the loss over ignored pixels, too; mmseg warns in every run.
     warnings.filterwarnings('ignore', message='Default ``avg_non_ignore`` is False')
-    warnings.filterwarnings('ignore', message='``build_loss`` would be deprecated')  # mmseg 1.2.2, of itself
+    warnings.filterwarnings('ignore', message='``build_loss`` would be deprecated')  # mmseg 1.2.2 warns about itself
     logging.raiseExceptions = False  # a log that cannot be written is not worth a traceback for each of its lines
     try:
         main()
@@ -164,17 +164,17 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS:
             raise
-        print(f'error: {error.filename or "a file"} cannot be written: {error.strerror}: make room', file=sys.stderr)
+        print(f'error: {error.filename or "a file"} cannot be written: {error.strerror}: free space', file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        if not (message := user_mistake(error)):
+        if not (message := user_error_message(error)):
             raise
         print(f'error: {name_flags(message, _flags)}', file=sys.stderr)
         sys.exit(2)
 
 
 def _leave_process_group() -> None:
-    """End the threads of gloo before Python ends: one that frees a tensor later aborts the whole process."""
+    """End the threads of gloo before Python exits: freeing a tensor later would abort the process."""
     if torch.distributed.is_initialized():
         gc.collect()  # a runner's model wrapper would keep the group
         torch.distributed.destroy_process_group()
@@ -191,7 +191,7 @@ def run_each(configs: Sequence[str], measure: Callable) -> tuple[list, dict[str,
         try:
             results.append(measure(config))
         except Exception as error:
-            failures[config] = user_mistake(error) or traceback.format_exc()
+            failures[config] = user_error_message(error) or traceback.format_exc()
     return results, failures
 
 

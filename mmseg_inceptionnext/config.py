@@ -34,7 +34,7 @@ def read_config(path: str | Path) -> Config:
 
 
 def find_config(path: str | Path) -> Path:
-    """Return the path of a config that is given by its path, or by the end of the path of a shipped one.
+    """Return the path of a config, given its path or the last parts of a shipped config's path.
 
     Raises:
         UserError: There is none, or several shipped ones have that name.
@@ -70,7 +70,7 @@ def require(cfg: Config, *keys: str) -> None:
     """Check that a config has a dict or a list under each of some keys.
 
     Raises:
-        UserError: Naming the keys that it lacks.
+        UserError: A key is missing.
     """
     if lacking := [key for key in keys if not isinstance(cfg.get(key), (dict, list))]:
         raise UserError(f'{cfg.filename} lacks {", ".join(lacking)}: inherit from a recipe under configs')
@@ -144,11 +144,11 @@ def _check_writable(folder: Path) -> None:
         ) from error
 
 
-def user_mistake(error: Exception) -> str:
-    """Return the one line that explains an exception which is the user's mistake; '' where it may be a bug.
+def user_error_message(error: Exception) -> str:
+    """Return a one-line message if an exception is the user's mistake; '' if it may be a bug.
 
-    Besides :class:`~mmseg_inceptionnext.UserError`, these are two of mmengine's where the config is to blame: a
-    ``type`` that nothing is registered under, and an argument that the class it names does not have.
+    User's mistakes are :class:`~mmseg_inceptionnext.UserError` and two errors of mmengine about the config: a
+    ``type`` that is not registered, and an argument that its class does not have.
     """
     if isinstance(error, UserError):
         return one_line(error)
@@ -157,16 +157,16 @@ def user_mistake(error: Exception) -> str:
         name, kind = match.groups()
         registries = [r for r in vars(mmseg.registry).values() if isinstance(r, Registry) and r.name == kind]
         known = [other for r in registries for other in (*r.module_dict, *r.parent.module_dict)]
-        meant = ''.join(f'; {close} is' for close in difflib.get_close_matches(name, known, n=1))
+        meant = ''.join(f' (did you mean {close}?)' for close in difflib.get_close_matches(name, known, n=1))
         return (
-            f'type={name!r} in the config is not the name of a {kind}{meant}: correct it, or let custom_imports import '
+            f'type={name!r} in the config is not a registered {kind}{meant}: correct it, or let custom_imports import '
             'the module that registers it'
         )
     unexpected = r"(.+?)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'"
     if isinstance(error, TypeError) and (match := re.match(unexpected, text)):
         what, argument = match.groups()
         for frame, _ in traceback.walk_tb(error.__traceback__):
-            # What mmengine builds an object from; an argument that is not among them was not the config's.
+            # The arguments that mmengine builds an object from: only these come from the config.
             given = {'build_from_cfg': 'args', 'build_dataloader': 'dataloader_cfg'}.get(frame.f_code.co_name)
             if argument in frame.f_locals.get(given, ()):
                 return f'{argument} in the config is not an argument of {what}: correct its name'

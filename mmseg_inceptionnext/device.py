@@ -13,7 +13,7 @@ from mmseg_inceptionnext.errors import UserError
 
 
 def find_device(name: str | torch.device | None = None) -> torch.device:
-    """Return the device of a name; without one, a GPU if there is one.
+    """Return the device with a name. Default: a GPU if there is one.
 
     Raises:
         UserError: The device cannot be used here.
@@ -28,7 +28,7 @@ def find_device(name: str | torch.device | None = None) -> torch.device:
 
 
 def device_name(device: str) -> str:
-    """Return the GPU's name for 'cuda'; other devices go by the name that torch gives them."""
+    """Return the GPU's model name for 'cuda', any other name as it is."""
     return torch.cuda.get_device_name() if device == 'cuda' else device
 
 

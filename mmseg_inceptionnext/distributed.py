@@ -40,12 +40,12 @@ def check_launcher(launcher: str) -> None:
 
 
 def world_size(launcher: str) -> int:
-    """Return the number of processes of a run, also before its process group is there."""
+    """Return the number of processes of a run, even before its process group exists."""
     return 1 if launcher == 'none' else int(os.environ[_LAUNCHERS[launcher][2]])
 
 
 def rank(launcher: str) -> int:
-    """Return the rank of this process, also before the process group is there."""
+    """Return the rank of this process, even before its process group exists."""
     return 0 if launcher == 'none' else int(os.environ[_LAUNCHERS[launcher][1]])
 
 
@@ -68,7 +68,7 @@ def init_process_group(launcher: str, dist_cfg: dict | None = None) -> None:
         return
     try:
         store, rank, size = next(rendezvous('env://'))
-        group = dict(store=store_of_this_attempt(store, rank, size), rank=rank, world_size=size)
+        group = dict(store=per_restart_store(store, rank, size), rank=rank, world_size=size)
         if on_cpu:
             torch.distributed.init_process_group('gloo', **group)
         else:
@@ -77,15 +77,15 @@ def init_process_group(launcher: str, dist_cfg: dict | None = None) -> None:
         raise UserError(f'the processes of the run do not find each other: {first_sentence(error)}') from error
 
 
-def store_of_this_attempt(store: Store, rank: int, size: int) -> Store:
-    """Return a part of the rendezvous store that only the processes of this start or restart share.
+def per_restart_store(store: Store, rank: int, size: int) -> Store:
+    """Return a view of the rendezvous store with a key prefix that is unique to this start or restart.
 
-    torchrun keeps one store for all restarts. Without a part of their own, restarted processes read the addresses of
-    dead ones: half of the restarts hang, or are refused a connection
-    (https://github.com/pytorch/pytorch/issues/167288). Its count of restarts differs between machines.
+    torchrun keeps one store for all restarts, so that restarted processes read the addresses of dead ones: half of the
+    restarts hang or fail to connect (https://github.com/pytorch/pytorch/issues/167288). torchrun's restart count
+    cannot be the prefix: it differs between machines.
 
-    So rank 0 draws a random name for the attempt, and answers with it to the random name that each other rank has
-    drawn. An answer counts once it is acknowledged: rank 0 may answer a dead process, which acknowledges nothing.
+    Instead, rank 0 draws a random prefix and sends it to every id that another rank publishes. It waits for world
+    size - 1 acknowledgements: an id may be that of a dead process, which never acknowledges.
     """
     me = uuid4().hex
     if rank:

@@ -103,7 +103,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to know.
+    """A fault or a note.
 
     Attributes:
         text: What it is, and its consequence.
@@ -117,7 +117,7 @@ class Finding:
 
 
 def read_environment() -> Environment:
-    """Look at the Python that runs this. It takes seconds: another process imports torch and mmseg."""
+    """Read the environment of this Python. It takes seconds: another process imports torch and mmseg."""
     versions = {}
     for name in (*(name for line in STACK.values() for name in line), *OPENCV, *ONNX, *OTHERS, 'mmseg-inceptionnext'):
         try:
@@ -128,7 +128,7 @@ def read_environment() -> Environment:
     tried = {answer['name']: answer for answer in answers if 'name' in answer}
     errors = {name: answer['error'] for name, answer in tried.items() if answer['error']}
     if crashed := next((name for name in IMPORTS if name not in tried), ''):
-        errors[crashed] = f'the import ends Python itself ({end})'
+        errors[crashed] = f'the import crashes Python ({end})'
     facts = {key: value for answer in answers if 'name' not in answer for key, value in answer.items()}
     return Environment(
         python=platform.python_version(),
@@ -168,12 +168,12 @@ def _hidden(env: Environment) -> Iterator[Finding]:
 def _python_and_torch(env: Environment) -> Iterator[Finding]:
     if _number(env.python) < (3, 10):
         yield Finding(
-            f'Python {env.python} is too old: 3.10 is the least. Install into a newer one', 'python3.11 -m venv .venv'
+            f'Python {env.python} is too old: 3.10 is the minimum. Install into a newer one', 'python3.11 -m venv .venv'
         )
     for name, least in (('torch', '2.6'), ('timm', '1.0')):
         if not env.has(name, least):
             what = f'{name} {env.versions[name]} is too old' if name in env.versions else f'{name} is missing'
-            yield Finding(f'{what}: {least} is the least', f"pip install --upgrade '{name}>={least}'")
+            yield Finding(f'{what}: {least} is the minimum', f"pip install --upgrade '{name}>={least}'")
     if 'torch' in env.versions and 'torchvision' in env.versions:
         torch, torchvision = (env.versions[name] for name in ('torch', 'torchvision'))
         release = _number(torch)
@@ -217,8 +217,8 @@ def _stack(env: Environment) -> Iterator[Finding]:
     upstream = env.installed(('mmengine', 'mmcv'))
     if upstream and not env.has('setuptools', below='81'):
         yield Finding(
-            f'pkg_resources, which upstream {" and ".join(upstream)} cannot do without, came with setuptools below 81: '
-            f'here is {env.versions.get("setuptools", "none")}',
+            f'pkg_resources, needed by upstream {" and ".join(upstream)}, is only in setuptools below 81; installed: '
+            f'{env.versions.get("setuptools", "none")}',
             "pip install 'setuptools<81'",
         )
     if env.has('mmengine', below='0.10.8') and env.has('torch', '2.6'):

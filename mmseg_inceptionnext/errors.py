@@ -1,4 +1,4 @@
-"""Exceptions for mistakes that their reader can correct, and how to print them."""
+"""Exceptions for mistakes that the user can correct, and how to print them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 class UserError(ValueError):
-    """What was wrong, where, and what to do, in one line.
+    """A user's mistake: what is wrong, where, and what to do, in one line.
 
     The command-line tools print it without a traceback and exit with code 2. Every other exception is a bug and keeps
     its traceback.

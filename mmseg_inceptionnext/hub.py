@@ -1,8 +1,8 @@
-"""Give configs and models by name, and register the package with mmengine's config and class registries.
+"""Get configs and models by name, and register the package with mmengine's config and class registries.
 
 mmengine puts the scope ``mmseg_inceptionnext`` into a config whose ``_base_`` is ``'mmseg_inceptionnext::…'``, and then
-looks in registries of that scope. Our classes are in mmseg's registries, beside those that the configs combine them
-with; the registries here are empty, and ask their parents.
+looks in registries of that scope. Our classes are in mmseg's registries; the registries here are empty, and fall back
+to those.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def get_model(
     To segment images as the config prepares them, take :class:`~mmseg_inceptionnext.Segmentor`.
 
     Args:
-        name: Name or path of a config, as of :func:`get_config`.
+        name: Name or path of a config, see :func:`get_config`.
         checkpoint: Path of a segmentor trained with the config, which is read without running code from it; every key
             and shape must agree. Default: random weights; the model's ``init_weights()`` loads ImageNet's into the
             backbone.
-        device: Such as 'cpu' or 'cuda:1'. Default: a GPU if there is one.
+        device: Device, such as 'cpu' or 'cuda:1'. Default: a GPU if there is one.
 
     Raises:
         UserError: The config or the checkpoint cannot be read, they do not fit, or there is no such device.

@@ -1,4 +1,4 @@
-"""Read images as people see them, or say why one cannot be read."""
+"""Read images as RGB arrays, or say why one cannot be read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_image(source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
         source: Path of an image; a PIL image of any mode; or an array of RGB (H, W, 3) or grey (H, W) values, uint8.
 
     Returns:
-        (H, W, 3) uint8, RGB; never the memory of an array that was given.
+        (H, W, 3) uint8, RGB; an array that was given is copied.
 
     Raises:
         UnreadableFile: There is no such file, or it is no image, truncated, of floating-point values, a decompression

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from mmseg.datasets import ADE20KDataset
 
 from mmseg_inceptionnext.errors import UserError
 
-IGNORED_LABEL = 255  # of pixels without a class: in label maps, not in files
+IGNORE_INDEX = 255  # ignore_index: pixels without a class, never in files
 
 _HELP = "pass classes='ade20k', or a file with one class a line, as NAME or NAME #RRGGBB"
 
@@ -30,6 +31,11 @@ class Classes:
     names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     reduce_zero_label: bool = True
+
+    def encode(self, labels: np.ndarray) -> np.ndarray:
+        """Return a label map in the coding of the data set's annotations, uint8, or uint16 where 8 bits are too few."""
+        dtype = np.uint8 if len(self.names) < 255 else np.uint16
+        return (labels + int(self.reduce_zero_label)).astype(dtype)
 
 
 def classes_of_checkpoint(checkpoint: dict, path: str | Path) -> Classes:
@@ -54,7 +60,7 @@ def classes_of_checkpoint(checkpoint: dict, path: str | Path) -> Classes:
 
 
 def reduces_zero_label(checkpoint: dict) -> bool:
-    """Return whether the files of the data set of a checkpoint hold label + 1; if it does not say, they do."""
+    """Return the ``reduce_zero_label`` of a checkpoint's data set; True if the checkpoint does not say."""
     return bool(_dataset_meta(checkpoint).get('reduce_zero_label', True))
 
 
@@ -70,7 +76,7 @@ def read_classes(source: str | Path, reduce_zero_label: bool = True) -> Classes:
     Args:
         source: 'ade20k', or path of a text file with one class a line: its name, and optionally its colour as #RRGGBB.
             Classes without one get distinct colours.
-        reduce_zero_label: How label maps in files are coded, which the source does not say.
+        reduce_zero_label: Whether label maps in files hold label + 1.
 
     Raises:
         UserError: There is no such file, or it holds no classes.
@@ -98,11 +104,11 @@ def read_classes(source: str | Path, reduce_zero_label: bool = True) -> Classes:
     return Classes(tuple(names), tuple(palette), reduce_zero_label)
 
 
-def check_number(classes: Sequence, expected: int, source: str) -> None:
+def check_num_classes(classes: Sequence, expected: int, source: str) -> None:
     """Check that there are as many classes as the model has outputs.
 
     Raises:
-        UserError: Naming both numbers.
+        UserError: The numbers differ.
     """
     if len(classes) != expected:
         raise UserError(f'{source} names {len(classes)} classes, but the model has {expected}: {_HELP}')

@@ -7,14 +7,14 @@ import torch
 from torch.distributed import TCPStore
 
 from mmseg_inceptionnext import distributed
-from mmseg_inceptionnext.distributed import init_process_group, store_of_this_attempt
+from mmseg_inceptionnext.distributed import init_process_group, per_restart_store
 
 
 def start(port: int, size: int) -> list:
     """Each process's part of the store at a port."""
     with ThreadPoolExecutor(size) as pool:
         clients = [TCPStore('127.0.0.1', port, is_master=False) for _ in range(size)]
-        return list(pool.map(store_of_this_attempt, clients, range(size), [size] * size, timeout=60))
+        return list(pool.map(per_restart_store, clients, range(size), [size] * size, timeout=60))
 
 
 def test_processes_that_are_started_again_share_nothing_with_those_before():

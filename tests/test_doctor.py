@@ -136,7 +136,7 @@ def run(*arguments, first_on_path, folder='/') -> subprocess.CompletedProcess:
             "raise ImportError('half is missing')",
             'half is missing',
         ),
-        ([ROOT / 'tools' / 'doctor.py'], 'import os; os.abort()', 'the import ends Python itself'),
+        ([ROOT / 'tools' / 'doctor.py'], 'import os; os.abort()', 'the import crashes Python'),
     ],
 )
 def test_it_works_where_the_stack_cannot_be_imported(tmp_path, arguments, broken, said):

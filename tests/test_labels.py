@@ -3,7 +3,7 @@ import pytest
 from mmseg.utils import ade_classes, ade_palette
 
 from mmseg_inceptionnext import UserError
-from mmseg_inceptionnext.labels import check_number, classes_of_checkpoint, read_classes
+from mmseg_inceptionnext.labels import check_num_classes, classes_of_checkpoint, read_classes
 
 
 def test_ade20k_is_mmsegs():
@@ -63,4 +63,4 @@ def test_of_a_checkpoint():
 
 def test_another_number_than_the_models():
     with pytest.raises(UserError, match='c.txt names 2 classes, but the model has 150'):
-        check_number('ab', 150, 'c.txt')
+        check_num_classes('ab', 150, 'c.txt')

@@ -20,21 +20,21 @@ def main() -> None:
     parser.add_argument('--checkpoint', nargs='+', default=(), metavar='C', help='one for each config (random weights)')
     parser.add_argument('--task', choices=TASKS, default='fps', help='predict, training step, or backbone alone (fps)')
     parser.add_argument(
-        '--shape', nargs=2, type=int, metavar=('H', 'W'), help='(512 512; train: the crop; backbone: 224 224)'
+        '--shape', nargs=2, type=int, metavar=('H', 'W'), help='size (512 512; train: the crop; backbone: 224 224)'
     )
     parser.add_argument('--data-root', metavar='D', help='time real test images from here instead of a synthetic one')
     parser.add_argument('--batch-size', type=int, metavar='N', help='(fps: 1; train: the config; backbone: 128 or 8)')
     parser.add_argument('--repeat', type=int, default=5, metavar='N', help='rounds over all configs (5)')
-    parser.add_argument('--precision', choices=PRECISIONS, default='fp32', help='(fp32)')
+    parser.add_argument('--precision', choices=PRECISIONS, default='fp32', help='dtype (fp32)')
     parser.add_argument('--compile', action='store_true', help='torch.compile')
-    parser.add_argument('--layout', choices=LAYOUTS, help='of memory (nchw; backbone: best)')
+    parser.add_argument('--layout', choices=LAYOUTS, help='memory layout (nchw; backbone: best)')
     parser.add_argument(
         '--fast',
         action=argparse.BooleanOptionalAction,
         default=False,
         help='fold and pack the models first, as tools/test.py does (off)',
     )
-    parser.add_argument('--json', metavar='FILE', type=output_file, help='write the figures')
+    parser.add_argument('--json', metavar='FILE', type=output_file, help='write the results')
     parser.add_argument('--plot', metavar='FILE', type=output_file, help="draw speed against the paper's mIoU")
     args = parser.parse_args()
 

@@ -21,7 +21,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     parser.add_argument('--workers', metavar='N', type=positive_int, default=cores, help='processes (one a core)')
     parser.add_argument('--sample', metavar='N', type=positive_int, help='read N pairs of each split (all)')
-    parser.add_argument('--json', metavar='FILE', type=output_file, help='write all that was found')
+    parser.add_argument('--json', metavar='FILE', type=output_file, help='write the result')
     parser.add_argument(
         '--cfg-options', nargs='+', action=CfgOptions, metavar='KEY=VALUE', help='override parts of the config'
     )

@@ -8,7 +8,7 @@ from mmseg_inceptionnext.export.export import TOLERANCES, export
 from mmseg_inceptionnext.inference.onnx_model import DTYPES
 
 
-def whole_number(text: str) -> int:
+def non_negative_int(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number')
     return int(text)
@@ -31,8 +31,10 @@ def main() -> None:
     parser.add_argument(
         '--input', dest='dtype', choices=DTYPES, default='uint8', help='type of the values from 0 to 255 (uint8)'
     )
-    parser.add_argument('--precision', choices=TOLERANCES, default='fp32', help='of weights and arithmetic (fp32)')
-    parser.add_argument('--verify', metavar='N', type=whole_number, default=3, help='compare on N random images (3)')
+    parser.add_argument('--precision', choices=TOLERANCES, default='fp32', help='dtype of weights and math (fp32)')
+    parser.add_argument(
+        '--verify', metavar='N', type=non_negative_int, default=3, help='compare on N random images (3)'
+    )
     parser.add_argument('--images', nargs='+', metavar='FILE', default=(), help='compare on these, too')
     parser.add_argument(
         '--classes', metavar='ade20k|FILE', help='if the checkpoint has no names: FILE holds NAME or NAME #RRGGBB lines'
@@ -48,7 +50,7 @@ def main() -> None:
     logits = '' if args.labels else f'its logits are within {verified.error:.1e} of the largest, and '
     print(
         f'{args.out}: {args.out.stat().st_size / 2**20:.0f} MiB. On {verified.images} images {logits}'
-        f'{verified.differing:.2%} of the labels differ, by ties'
+        f'{verified.differing:.2%} of the labels differ (ties)'
     )
 
 

@@ -15,7 +15,7 @@ def main() -> None:
         '--shape', nargs=2, type=int, metavar=('H', 'W'), help='size of the image (512 2048 for UperNet, else 512 512)'
     )
     parser.add_argument('--paper', action='store_true', help="add the paper's figures and the difference")
-    parser.add_argument('--json', metavar='FILE', type=output_file, help='write the figures')
+    parser.add_argument('--json', metavar='FILE', type=output_file, help='write the results')
     args = parser.parse_args()
 
     rows, failures = run_each(args.config, lambda config: measure_complexity(config, args.shape))

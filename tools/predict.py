@@ -1,4 +1,4 @@
-"""Segment images and videos: overlays, and if wanted label maps."""
+"""Segment images and videos; write overlays and label maps."""
 
 import argparse
 import signal
@@ -41,8 +41,8 @@ def main() -> None:
         'inputs', nargs='*', metavar='input', help='images, videos, folders, globs; - reads a list from standard input'
     )
     parser.add_argument('--out', metavar='DIR', type=output_folder, required=True, help='where the overlays go')
-    parser.add_argument('--opacity', type=share, default=0.5, help='of the colours, from 0 to 1 (0.5)')
-    parser.add_argument('--legend', action='store_true', help='name the classes that are there, below the picture')
+    parser.add_argument('--opacity', type=share, default=0.5, help='opacity of the colours, 0 to 1 (0.5)')
+    parser.add_argument('--legend', action='store_true', help='name the classes below the picture')
     parser.add_argument(
         '--labels', action='store_true', help='label maps, too, coded as annotations: in ADE20K label + 1, 0 unlabelled'
     )

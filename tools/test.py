@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument(
         '--show-dir', metavar='DIR', type=output_folder, help='write pictures of image, truth and prediction'
     )
-    parser.add_argument('--json', metavar='FILE', type=output_file, help='write the figures')
+    parser.add_argument('--json', metavar='FILE', type=output_file, help='write the metrics')
     parser.add_argument(
         '--fast',
         action=argparse.BooleanOptionalAction,
@@ -60,7 +60,7 @@ def main() -> None:
     if not is_main_process():
         return
     if figures is None:
-        print(f'The test data have no annotations, so there are no figures. Predictions are in {", ".join(pictures)}')
+        print(f'The test data have no annotations, so there are no metrics. Predictions are in {", ".join(pictures)}')
         return
     print(', '.join(f'{key} {figures[key]}' for key in HEADLINE))
     if args.json:

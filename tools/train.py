@@ -20,10 +20,10 @@ def main() -> None:
         '--weights', metavar='X|none', help='weights of the backbone: timm name, https URL, file, or none (the config)'
     )
     parser.add_argument(
-        '--resume', nargs='?', const=True, default=False, metavar='CKPT', help='go on from CKPT (the last checkpoint)'
+        '--resume', nargs='?', const=True, default=False, metavar='CKPT', help='resume from CKPT (the last checkpoint)'
     )
     parser.add_argument('--amp', action='store_true', help='mixed precision: bf16, or fp16 on GPUs without it')
-    parser.add_argument('--seed', type=int, help='of all random numbers')
+    parser.add_argument('--seed', type=int, help='random seed')
     parser.add_argument(
         '--auto-batch', action='store_true', help="accumulate gradients so that the recipe's effective batch holds"
     )

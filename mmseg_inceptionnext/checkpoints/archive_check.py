@@ -1,4 +1,4 @@
-"""Check the file around a checkpoint's pickle: a zip archive, or torch's format until 1.6."""
+"""Check the container of a checkpoint's pickle: a zip archive, or torch's format until 1.6."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from mmseg_inceptionnext.checkpoints.pickle_check import check_archive_pickle, c
 from mmseg_inceptionnext.errors import UserError
 
 
-def refused(path: Path, why: str) -> UserError:
+def refusal(path: Path, why: str) -> UserError:
     """Return the error for a checkpoint that holds more than weights."""
     return UserError(
-        f'{path} is refused: {why}, which a file of weights has no need of. Get the weights as .safetensors or as a '
+        f'{path} is refused: {why}, which weights do not need. Get the weights as .safetensors or as a '
         'plain state dict; if you know who made the file and trust them, pass trust_checkpoint=True '
         '(trusting_checkpoints() in Python)'
     )
 
 
-def check_checkpoint_file(path: Path) -> None:
+def check_checkpoint_file(path: Path) -> set[str]:
     """Check what torch does not look at: arguments of the calls in the pickle, their memory, and checksums.
 
     torch writes a checksum of every tensor and does not compare it: one bit that has flipped is another weight.
+
+    Returns:
+        Names of statistics that a user has registered, see :func:`check_archive_pickle`.
 
     Raises:
         UserError: The file is not as torch writes it.
@@ -36,25 +39,24 @@ def check_checkpoint_file(path: Path) -> None:
         is_zip = begin[:4] == b'PK\x03\x04'  # as torch tells its two formats apart
         file.seek(0)
         if not is_zip:
-            if begin[:1] not in (b'', pickle.PROTO):  # a page that a server sent instead, or a pointer of Git LFS
+            if begin[:1] not in (b'', pickle.PROTO):  # an HTML error page, or a Git LFS pointer
                 raise ValueError(f'it begins with {begin}')
-            check_legacy_pickles(file, size)
-            return
+            return check_legacy_pickles(file, size)
         _check_directory(file, size)
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             folder = entries[0].filename.split('/')[0]
             sizes = {entry.filename.removeprefix(f'{folder}/'): entry.file_size for entry in entries}
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise refused(path, 'it has compressed entries')
+                raise refusal(path, 'it has compressed entries')
             if sum(sizes.values()) > size or len({name.casefold() for name in sizes}) < len(entries):
-                raise refused(path, 'its entries are larger than the file')
+                raise refusal(path, 'its entries are larger than the file')
             if 'constants.pkl' in sizes:
-                raise refused(path, 'it is a program (TorchScript)')
+                raise refusal(path, 'it is a program (TorchScript)')
             if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f'the checksum of {damaged} does not hold')
+                raise zipfile.BadZipFile(f'the checksum of {damaged} is wrong')
             storages = {name.removeprefix('data/'): n for name, n in sizes.items() if name.startswith('data/')}
-            check_archive_pickle(BytesIO(archive.read(f'{folder}/data.pkl')), size, storages)
+            return check_archive_pickle(BytesIO(archive.read(f'{folder}/data.pkl')), size, storages)
 
 
 def _check_directory(file: BufferedIOBase, size: int) -> None:
@@ -68,7 +70,7 @@ def _check_directory(file: BufferedIOBase, size: int) -> None:
     end, large, locator = tail[-22:], tail[:56], tail[56:76]
     where = size - 22
     _, _, _, _, _, length, start, comment = struct.unpack('<4s4H2LH', end)
-    if locator[:4] == b'PK\x06\x07' and large[:4] == b'PK\x06\x06':  # of an archive beyond 4 GB, or as torch writes any
+    if locator[:4] == b'PK\x06\x07' and large[:4] == b'PK\x06\x06':  # zip64: above 4 GB, and always by torch
         where = size - 98
         if struct.unpack('<L', locator[4:8])[0] or struct.unpack('<Q', locator[8:16])[0] != where:
             raise zipfile.BadZipFile('its end points elsewhere')

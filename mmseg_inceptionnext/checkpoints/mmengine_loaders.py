@@ -1,4 +1,4 @@
-"""Put safe readers in the place of mmengine's, which run the pickle of a checkpoint as it is.
+"""Replace mmengine's checkpoint loaders, which unpickle without any check, by safe ones.
 
 mmengine reads checkpoints for ``init_cfg`` of any backbone, for ``load_from``, in its Runner and in its tools.
 """
@@ -56,7 +56,6 @@ def _refuse_storage(filename: str, map_location=None) -> dict:
 
 
 def _load_from_model_zoo(filename: str, map_location=None) -> dict:
-    """Read a checkpoint of the model zoos whose URLs mmengine knows."""
     zoo, name = filename.split('://')
     if zoo in ('modelzoo', 'torchvision'):
         urls = mmengine_checkpoint.get_torchvision_models()

@@ -1,7 +1,7 @@
 """Read checkpoints without running the code that they may hold.
 
-The pickle inside a checkpoint is a program. Here it may call what builds tensors and what mmengine writes into its
-checkpoints, and nothing else; a file that wants more is refused by the name of what it wants. See SECURITY.md.
+The pickle inside a checkpoint is a program. Here it may only build tensors and what mmengine writes into its
+checkpoints; a file that calls anything else is refused, and the error names the call. See SECURITY.md.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,9 +17,10 @@ import numpy as np
 import safetensors.torch
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
-from mmseg_inceptionnext.checkpoints.archive_check import check_checkpoint_file, refused
-from mmseg_inceptionnext.checkpoints.pickle_check import HISTORY_METHODS
+from mmseg_inceptionnext.checkpoints.archive_check import check_checkpoint_file, refusal
+from mmseg_inceptionnext.checkpoints.pickle_check import METHODS
 from mmseg_inceptionnext.errors import UserError, first_sentence
 
 _trusted = False
@@ -32,7 +33,7 @@ def checkpoints_are_trusted() -> bool:
 
 @contextmanager
 def trusting_checkpoints(trusted: bool = True) -> Iterator[None]:
-    """Let checkpoints run any code while they are read inside of this context: for files whose maker you know."""
+    """Let checkpoints run any code while they are loaded inside this context: only for files that you trust."""
     global _trusted
     before, _trusted = _trusted, trusted
     try:
@@ -44,8 +45,9 @@ def trusting_checkpoints(trusted: bool = True) -> Iterator[None]:
 def read_checkpoint(path: str | Path) -> dict:
     """Read a .pth or .safetensors file onto the CPU without running code from it.
 
-    Besides tensors and plain containers, only what mmengine writes into its checkpoints is unpickled: its
-    ``HistoryBuffer`` and the numpy arrays in it. Reading takes about as much memory as the file is large.
+    Besides tensors of any kind and plain containers, only what mmengine writes into its checkpoints is unpickled: its
+    ``HistoryBuffer``, numpy arrays, and functions of its schedulers. Reading takes about as much memory as the file is
+    large.
 
     Raises:
         UserError: There is no such file; it is truncated, damaged, of another format or a decompression bomb; or its
@@ -58,20 +60,17 @@ def read_checkpoint(path: str | Path) -> dict:
         elif _trusted:
             checkpoint = torch.load(path, map_location='cpu', weights_only=False)
         else:
-            check_checkpoint_file(path)
-            with torch.serialization.safe_globals(_mmengine_globals()), warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # of what an error says, too
-                checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+            checkpoint = _load_checked(path)
     except UserError:
         raise
     except pickle.UnpicklingError as error:
         forbidden = re.search(r'GLOBAL ([\w.]+)', str(error))
         if forbidden is None:
             raise UserError(f'{path} is damaged or not a checkpoint: its pickle cannot be read') from error
-        raise refused(path, f'it wants to run {forbidden[1].rstrip(".")}') from error
+        raise refusal(path, f'it wants to run {forbidden[1].rstrip(".")}') from error
     except PermissionError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}') from error
-    except Exception as error:  # readers raise anything on damage: of zip, pickle, torch, numpy and safetensors
+    except Exception as error:  # zip, pickle, torch, numpy and safetensors raise anything
         reason = f'{type(error).__name__}: {first_sentence(error)}'.removesuffix(': ')
         raise UserError(f'{path} is truncated, damaged or not a checkpoint ({reason})') from error
     if not isinstance(checkpoint, dict):
@@ -85,10 +84,24 @@ def _existing_file(path: str | Path) -> Path:
         if path.is_file():
             return path
     except (OSError, RuntimeError, ValueError) as error:  # no such user, a name that is too long, a null byte
-        raise UserError(f'{str(path)[:200]} names no checkpoint: {first_sentence(error)}') from error
+        raise UserError(f'{str(path)[:200]} is not a valid path: {first_sentence(error)}') from error
     if path.exists():
         raise UserError(f'{path.absolute()} is a directory, a pipe or a device: name a checkpoint')
     raise UserError(f'no checkpoint at {path.absolute()}: check the path')
+
+
+def _load_checked(path: Path) -> dict:
+    statistics = check_checkpoint_file(path)
+    allowed = [*_mmengine_globals(), *((_unloaded_statistic, name) for name in statistics)]
+    registered = dict(HistoryBuffer._statistics_methods)
+    try:
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # they come with errors, which say the same
+            return torch.load(path, map_location='cpu', weights_only=True)
+    finally:
+        # A history registers the statistics of its file in its class, for the whole process.
+        HistoryBuffer._statistics_methods.clear()
+        HistoryBuffer._statistics_methods.update(registered)
 
 
 def _mmengine_globals() -> list:
@@ -97,17 +110,28 @@ def _mmengine_globals() -> list:
     reconstruct, scalar = array.__reduce__()[0], np.int64(0).__reduce__()[0]
     return [
         HistoryBuffer,
-        (_history_buffer_method, 'builtins.getattr'),
+        OneCycleParamScheduler,
+        (_method, 'builtins.getattr'),
+        (_empty_bytes, 'builtins.bytes'),
         np.ndarray,
         np.dtype,
-        *{type(np.dtype(t)) for t in ('bool', 'uint8', 'int32', 'int64', 'float32', 'float64')},
+        *{type(np.dtype(code)) for code in '?bBhHiIlLqQefdFDUS'},
         *((reconstruct, f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')),
         *((scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),
     ]
 
 
-def _history_buffer_method(owner: type, name: str):
-    """Stand in for ``getattr``, which a pickled HistoryBuffer calls for its statistics; refuse anything else."""
-    if owner is not HistoryBuffer or name not in HISTORY_METHODS:
+def _method(owner: type, name: str) -> Callable:
+    """Stand in for ``getattr``, by which pickle finds the functions in :data:`METHODS`; refuse anything else."""
+    if name not in METHODS.get(f'{owner.__module__}.{owner.__qualname__}', ()):
         raise pickle.UnpicklingError(f'GLOBAL builtins.getattr of {owner!r} and {name!r} is not allowed')
     return getattr(owner, name)
+
+
+def _empty_bytes() -> bytes:
+    return b''
+
+
+def _unloaded_statistic(*_) -> None:
+    """Stand in for a statistic that a user has registered, which is code."""
+    raise NotImplementedError('statistics of a HistoryBuffer are not loaded from a checkpoint: register them')

@@ -1,1 +1,1 @@
-"""The training side of files: data sets checked, read and guarded, and a generated one."""
+"""Check, read and guard data sets, and generate a small one."""

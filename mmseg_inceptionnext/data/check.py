@@ -1,4 +1,4 @@
-"""Refuse a data set that does not fit its config, before it costs a training run."""
+"""Check that a data set fits its config, before training starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HOW_TO_GET = (
 
 
 def check_data(cfg: Config, *splits: str) -> None:
-    """Check that the data sets of some dataloaders are there and that the heads have as many classes.
+    """Check that the data sets of some dataloaders exist, and have as many classes as the heads.
 
     Args:
         cfg: A whole config.

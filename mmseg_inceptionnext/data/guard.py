@@ -41,7 +41,7 @@ class CurrentFiles:
             row[: len(text)] = np.frombuffer(text, np.uint8)
             row[len(text) :] = 0
 
-    def of_process(self, pid: int) -> str | None:
+    def files_of(self, pid: int) -> str | None:
         """Return the files that the worker of a process id noted last; None if there is no such worker."""
         for row in self._rows.numpy():
             owner, _, files = row.tobytes().rstrip(b'\0').decode(errors='replace').partition(' ')
@@ -54,10 +54,10 @@ class GuardedPipeline(Compose):
     """A pipeline that names the files of a sample on which it fails.
 
     Args:
-        pipeline: The pipeline.
-        current: Where the files of each sample are noted.
-        skipped: File to note unreadable ones in, a line each time; their samples are then replaced by others, as
-            mmengine's data sets do for a pipeline that returns None. By default they are errors.
+        pipeline: Pipeline to wrap.
+        current: Record of the files that each worker reads.
+        skipped: File that lists unreadable files, a line each time; mmengine's data sets then draw other samples.
+            Default: an unreadable file is an error.
 
     Raises:
         UnreadableFile: An image or annotation cannot be read.
@@ -110,7 +110,7 @@ def guard_pipelines(dataset: Dataset, current: CurrentFiles, skipped: Path | Non
 
 
 def _culprit(files: list[str]) -> str:
-    """Return which files of a sample cannot be read by themselves; all if each of them can."""
+    """Return the files of a sample that cannot be read alone; all if each can."""
     return ' and '.join([file for file in files if not _readable(file)] or files)
 
 

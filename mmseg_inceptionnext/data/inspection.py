@@ -18,10 +18,10 @@ from PIL import Image
 from mmseg_inceptionnext.config import require
 from mmseg_inceptionnext.data.check import head_faults, list_annotations, list_samples, open_dataset
 from mmseg_inceptionnext.data.pipeline import leaf_datasets, missing_ground_truth, remove_ground_truth
-from mmseg_inceptionnext.data.reading import Pair, reader
+from mmseg_inceptionnext.data.read_pairs import Pair, pair_reader
 from mmseg_inceptionnext.data.transforms import label_fault
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.labels import IGNORED_LABEL
+from mmseg_inceptionnext.labels import IGNORE_INDEX
 
 # ADE20K's scene parsing benchmark: files beside its folders that give it away, and its numbers of images.
 _ADE20K_FILES = ('objectInfo150.txt', 'sceneCategories.txt')
@@ -111,9 +111,9 @@ class _Source:
         if pair.counts is None:
             return
         if pair.palette and self.by_opencv:
-            yield annotation, "has a palette, which LoadAnnotations' imdecode_backend='cv2' reads as colours: drop that"
+            yield annotation, "has a palette, which LoadAnnotations' imdecode_backend='cv2' reads as colours: remove it"
         for value in np.flatnonzero(pair.counts):
-            if len(self.names) <= self.labels[value] != IGNORED_LABEL:
+            if len(self.names) <= self.labels[value] != IGNORE_INDEX:
                 hint = ' (it is an index into a palette: if that is of colours, convert it)' if pair.palette else ''
                 yield annotation, label_fault(value, self.coding[1], int(self.coding[0])) + hint
                 return
@@ -130,8 +130,8 @@ def inspect_data(
     Args:
         cfg: A whole config.
         workers: Number of processes that read; 1 is this one.
-        sample: Number of pairs of each split to read, evenly spread over its names. All names are compared even so.
-        progress: Wraps the iterator over the pairs; its second argument is their number.
+        sample: Number of pairs of each split to read, evenly spread over its names. All names are compared anyway.
+        progress: Function that wraps the iterator over the pairs, given their number.
 
     Raises:
         UserError: A data root, a folder or every image of a split is missing, or a process was killed.
@@ -151,7 +151,7 @@ def inspect_data(
 
     first: dict[str, dict[bytes, str]] = {name: {} for name in found.splits}
     sizes: dict[str, list[tuple[int, int]]] = {name: [] for name in found.splits}
-    with reader(workers) as read:
+    with pair_reader(workers) as read:
         results = zip(jobs, read([(image, annotation) for *_, image, annotation in jobs]), strict=True)
         for (name, source, image, annotation), pair in progress(results, len(jobs)):
             split = found.splits[name]
@@ -179,7 +179,7 @@ def inspect_data(
 
 
 def coding_warnings(coding: Coding) -> Iterator[str]:
-    """Yield signs that a config reads annotations in another coding than they have; none is certain."""
+    """Yield warnings that ``reduce_zero_label`` may be wrong for the annotations; none is certain."""
     pixels, n = coding.pixels, coding.num_classes
     of_pixels, of_files = pixels / pixels.sum(), coding.files / coding.total_files
     if pixels[255] and not pixels[1:255].any():
@@ -309,7 +309,7 @@ def _count(split: Split, source: _Source, image: str, counts: np.ndarray) -> Non
     """Add what an annotation holds, (256,) pixels of each value in its file."""
     labels = np.bincount(source.labels, weights=counts, minlength=256).astype(np.int64)
     split.pixels += int(counts.sum())
-    split.ignored_pixels += int(labels[IGNORED_LABEL])
+    split.ignored_pixels += int(labels[IGNORE_INDEX])
     present = np.flatnonzero(labels[: len(source.names)])
     for label in present:
         split.classes[source.names[label]]['pixels'] += int(labels[label])
@@ -330,7 +330,7 @@ def _split_warnings(found: Inspection) -> Iterator[str]:
     if found.duplicates:
         pairs = '; '.join(f'{image} = {other}' for image, other in found.duplicates[:3])
         yield (
-            f'{_number(len(found.duplicates))} images are in the training data and held out as well: {pairs}'
+            f'{_number(len(found.duplicates))} images are both in the training data and held out: {pairs}'
             f'{"; …" if len(found.duplicates) > 3 else ""}'
         )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from mmseg_inceptionnext.errors import UserError
 
 # Swin's protocol, which the paper's UperNet figures (Table 6) follow: these sizes, and the mirror image of each.
-RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 _GROUND_TRUTH_TRANSFORMS = ('LoadAnnotations', 'CheckAnnotation')
 
@@ -40,7 +40,7 @@ def remove_ground_truth(dataset_cfg: dict) -> None:
 
 
 def use_multi_scale(dataset_cfg: dict) -> None:
-    """Let a test pipeline make views at its scale times :data:`RATIOS`, and their mirror images; in place.
+    """Change a test pipeline to views at its scale times :data:`TTA_RATIOS` and their mirror images, in place.
 
     mmseg's own ``tta_pipeline`` scales the original image instead, whatever its size.
 
@@ -58,7 +58,7 @@ def use_multi_scale(dataset_cfg: dict) -> None:
         sizes = [t for t in after if 'Resize' in t.type]
         rest = [t for t in after if 'Resize' not in t.type]
         views = [
-            [dict(resize, scale=tuple(int(side * ratio) for side in scale)) for ratio in RATIOS],
+            [dict(resize, scale=tuple(int(side * ratio) for side in scale)) for ratio in TTA_RATIOS],
             *([transform] for transform in sizes),
             [dict(type='RandomFlip', prob=probability, direction='horizontal') for probability in (0.0, 1.0)],
             *([transform] for transform in rest),

@@ -1,4 +1,4 @@
-"""Work ahead of its consumer, a bounded number of items."""
+"""Compute a bounded number of results ahead of their consumer."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def map_ahead(
     pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int,
     pending: deque[tuple[Item, Future]] | None = None,
 ) -> Iterator[tuple[Item, Result]]:  # fmt: skip
-    """Yield ``(item, function(item))`` in order, while ``ahead`` more items are in work.
+    """Yield ``(item, function(item))`` in order, while ``ahead`` more are computed.
 
     ``Executor.map`` would take all items at once, and hold all results.
 
     Args:
         pool: Threads or processes that call the function.
-        function: Applied to each item.
-        items: Taken one by one; an iterator without an end will do.
+        function: Function of an item.
+        items: Items, taken one by one; may be infinite.
         ahead: Number of items that are submitted before the first result is waited for.
-        pending: Queue to use, for a caller that wants to know what was in work when a process died.
+        pending: Queue to use, for a caller that wants to know what was pending when a process died.
     """
     pending = deque() if pending is None else pending
     for item in items:

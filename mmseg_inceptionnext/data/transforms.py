@@ -1,4 +1,4 @@
-"""Pipeline transforms that refuse bad files, and the sentences that say what is wrong with an annotation."""
+"""Pipeline transforms that refuse bad files, and the messages that say what is wrong with an annotation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmseg_inceptionnext.errors import BadSample, UnreadableFile
 from mmseg_inceptionnext.images import read_image
-from mmseg_inceptionnext.labels import IGNORED_LABEL
+from mmseg_inceptionnext.labels import IGNORE_INDEX
 
 # LoadAnnotations squeezes what it reads.
 THIN_FAULT = 'is one pixel wide or high: correct the annotation'
@@ -26,7 +26,7 @@ class ReadImage(BaseTransform):
     undamaged files are the same.
 
     Raises:
-        UnreadableFile: Naming the file and what is wrong with it.
+        UnreadableFile: The image cannot be read.
     """
 
     def transform(self, results: dict) -> dict:
@@ -40,7 +40,7 @@ class ReadImage(BaseTransform):
 
 @TRANSFORMS.register_module()
 class CheckAnnotation(BaseTransform):
-    """Stands after LoadAnnotations and stops on a label map that would fail later, or be trained on wrongly.
+    """Checks the label map after LoadAnnotations: one that would fail later or train wrongly is an error.
 
     On a GPU, a label out of range ends in a device-side assert that names no file.
 
@@ -48,7 +48,7 @@ class CheckAnnotation(BaseTransform):
         num_classes: Labels 0 … num_classes - 1 are valid, and 255 is ignored.
 
     Raises:
-        BadSample: Naming the file, if it has several channels, another size than its image, or other labels.
+        BadSample: It has several channels, another size than its image, or an invalid label.
     """
 
     def __init__(self, num_classes: int):
@@ -66,7 +66,7 @@ class CheckAnnotation(BaseTransform):
         if labels.shape != tuple(results['ori_shape']):
             raise BadSample(f'{path} {size_fault(labels.shape[::-1], results["img_path"], results["ori_shape"][::-1])}')
         present = np.flatnonzero(np.bincount(labels.ravel()))
-        wrong = [int(label) for label in present if self.num_classes <= label != IGNORED_LABEL]
+        wrong = [int(label) for label in present if self.num_classes <= label != IGNORE_INDEX]
         if wrong:
             shift = int(results['reduce_zero_label'])
             raise BadSample(f'{path} {label_fault(wrong[0] + shift, self.num_classes, shift)}')

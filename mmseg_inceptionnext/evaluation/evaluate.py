@@ -29,18 +29,18 @@ from mmseg_inceptionnext.training.runner import SafeRunner
 def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None, show_dir: str | Path | None = None,
              fast: bool = True, tta: bool = False, report: str | Path | None = None,
              report_images: int = 5, need_figures: bool = True) -> dict | None:  # fmt: skip
-    """Run the test loop of a config.
+    """Evaluate a trained segmentor on the test set.
 
     Args:
         cfg: A whole config, with ``work_dir`` set; it stays as it is.
         checkpoint: Path of a segmentor trained with the config; every key and shape must agree.
         out: Folder for predicted label maps, as PNGs in the coding of the data set's annotations.
         show_dir: Folder for pictures of image, ground truth and prediction.
-        fast: Evaluate what :func:`~mmseg_inceptionnext.inference.optimize_for_inference` makes of the model.
+        fast: Apply :func:`~mmseg_inceptionnext.inference.optimize_for_inference` to the model first.
         tta: Multi-scale test with mirror images, see :func:`~mmseg_inceptionnext.data.pipeline.use_multi_scale`.
         report: Folder for a page of metrics and pictures, see :mod:`mmseg_inceptionnext.evaluation.report`.
-        report_images: Number of the worst, the median and the best images that the page shows.
-        need_figures: Stop at once if there is no ground truth. Otherwise predict without it, for ``out`` or
+        report_images: How many of the worst, the median and the best images the page shows.
+        need_figures: Raise if there is no ground truth. Otherwise predict without it, for ``out`` or
             ``show_dir``. There is none if the config has ``test_evaluator.format_only`` or no ``seg_map_path``, or if
             that folder does not exist.
 
@@ -62,7 +62,7 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
         remove_ground_truth(cfg.test_dataloader.dataset)
         if need_figures:
             check_data(cfg, 'test')  # images or the whole data set may be missing, too
-            raise UserError(f'{no_truth}, so there are no figures: ask for out=DIR or show_dir=DIR alone, or fix that')
+            raise UserError(f'{no_truth}, so there are no metrics: correct it, or pass only out=DIR or show_dir=DIR')
         metric_cfg.format_only = True
     if tta:
         use_multi_scale(cfg.test_dataloader.dataset)
@@ -106,7 +106,7 @@ def _listed(evaluator: dict | list) -> list:
 
 
 def _prepared(segmentor: nn.Module, fast: bool, tta: bool) -> nn.Module:
-    """Return what is evaluated instead of a trained segmentor."""
+    """Apply ``fast`` and ``tta`` to a trained segmentor."""
     if not isinstance(segmentor, EncoderDecoder):  # mmseg has others, whose parts have other names
         if tta:
             raise UserError(f'tta=True is for an EncoderDecoder, the model is a {type(segmentor).__name__}: drop it')
@@ -117,7 +117,7 @@ def _prepared(segmentor: nn.Module, fast: bool, tta: bool) -> nn.Module:
 
 
 def _iou_metric(cfg: Config) -> dict:
-    """Return the config of the IoU metric, after ours has replaced mmseg's own."""
+    """Return the config of the IoU metric, changed to :class:`PerClassIoUMetric`."""
     for metric in _listed(cfg.test_evaluator):
         if metric.type in ('IoUMetric', 'PerClassIoUMetric'):
             metric.type = 'PerClassIoUMetric'
@@ -127,9 +127,9 @@ def _iou_metric(cfg: Config) -> dict:
 
 
 def _check_names_differ(dataset) -> None:
-    """Check that no two images have the same name: what is written for an image is named after it."""
+    """Check that no two images have the same name, since outputs are named after them."""
     paths: dict[str, str] = {}
     for i in range(len(dataset)):
         path = dataset.get_data_info(i)['img_path']
         if (other := paths.setdefault(Path(path).stem, path)) != path:
-            raise UserError(f'{other} and {path} have the same name, and so would what is written for them: rename one')
+            raise UserError(f'{other} and {path} have the same name, so their outputs would clash: rename one')

@@ -12,9 +12,9 @@ from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
 from PIL import Image
 
-from mmseg_inceptionnext.labels import IGNORED_LABEL
+from mmseg_inceptionnext.labels import IGNORE_INDEX
 
-# The metrics of a whole test set, in percent, with their names for people.
+# Metrics of a whole test set, in percent, and their long names.
 HEADLINE = {'mIoU': 'mean IoU', 'mAcc': 'mean accuracy', 'aAcc': 'pixel accuracy'}
 
 
@@ -55,7 +55,7 @@ class EvaluatedImage:
 
     Attributes:
         path: Path of the image.
-        truth_png, prediction_png: Label maps at the size of the image, as PNG files; IGNORED_LABEL where unlabelled.
+        truth_png, prediction_png: Label maps at the size of the image, as PNG files; IGNORE_INDEX where unlabelled.
         pairs: (K, 3) int64: true class, predicted class, pixels. Pairs without pixels are left out.
     """
 
@@ -107,7 +107,7 @@ def confused_pairs(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     Returns:
         (K, 3) int64: true class, predicted class, pixels.
     """
-    labelled = truth != IGNORED_LABEL
+    labelled = truth != IGNORE_INDEX
     pixels = np.bincount(truth[labelled].astype(np.int64) * 256 + prediction[labelled], minlength=1)
     codes = np.flatnonzero(pixels)
     return np.stack([codes // 256, codes % 256, pixels[codes]], axis=1)

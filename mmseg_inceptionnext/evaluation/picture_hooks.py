@@ -12,7 +12,7 @@ from mmseg.registry import HOOKS
 from mmseg.structures import SegDataSample
 from PIL import Image
 
-from mmseg_inceptionnext.pictures import draw_comparison
+from mmseg_inceptionnext.drawing import draw_comparison
 
 
 @HOOKS.register_module()

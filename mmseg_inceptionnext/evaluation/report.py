@@ -26,9 +26,9 @@ from mmengine.device import get_device
 from PIL import Image
 
 from mmseg_inceptionnext.device import device_name
+from mmseg_inceptionnext.drawing import draw_overlay
 from mmseg_inceptionnext.evaluation.metrics import HEADLINE, EvaluatedImage, ious, total_confusion
-from mmseg_inceptionnext.labels import IGNORED_LABEL
-from mmseg_inceptionnext.pictures import draw_overlay
+from mmseg_inceptionnext.labels import IGNORE_INDEX
 from mmseg_inceptionnext.version import __version__
 
 _PANEL_SIDE = 480  # pixels of the longer side: an image of four panels takes about 100 kB
@@ -46,8 +46,8 @@ def write_report(folder: str | Path, figures: dict, images: Sequence[EvaluatedIm
         figures: What :func:`~mmseg_inceptionnext.evaluation.evaluate` returns.
         images: All images of the test.
         meta: 'classes' and 'palette' of the data set.
-        cfg, checkpoint: What was evaluated.
-        num_images: Number of the worst, the median and the best images to show.
+        cfg, checkpoint: Config and path of the checkpoint.
+        num_images: How many of the worst, the median and the best images to show.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def write_report(folder: str | Path, figures: dict, images: Sequence[EvaluatedIm
 
 
 def confused_classes(confusion: np.ndarray, classes: Sequence[str]) -> list[dict]:
-    """List all pairs of a true class and another that it was taken for, most pixels first.
+    """List all pairs of a true class and a wrongly predicted one, most pixels first.
 
     Args:
         confusion: What :func:`~mmseg_inceptionnext.evaluation.metrics.total_confusion` returns.
@@ -172,7 +172,7 @@ def _panels(image: EvaluatedImage, classes: Sequence[str], palette: Sequence[tup
         np.asarray(Image.open(io.BytesIO(png))).astype(np.int64) for png in (image.truth_png, image.prediction_png)
     )
     pixels = mmcv.imread(image.path, channel_order='rgb')
-    labelled = truth != IGNORED_LABEL
+    labelled = truth != IGNORE_INDEX
     errors = np.full_like(pixels, 255)
     errors[labelled] = np.where((truth == prediction)[labelled, None], _RIGHT, _WRONG)
     pictures = {

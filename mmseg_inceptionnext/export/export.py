@@ -1,4 +1,4 @@
-"""Write a trained segmentor into one file, ONNX or torch.export's, and compare the two before it is kept."""
+"""Export a trained segmentor to one file, ONNX or torch.export's, kept only if it computes the same."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Verification:
 
     Attributes:
         images: Number of images that were run through both.
-        error: Largest deviation of a logit, relative to the largest logit. For labels, half of what the logit of the
-            chosen class lacks to the largest one.
-        differing: Share of pixels whose labels differ. They are ties: the deviation explains them.
+        error: Largest deviation of a logit, relative to the largest logit. For labels, half the difference between the
+            largest logit and that of the chosen class.
+        differing: Share of pixels whose labels differ: ties, which the deviation decides.
     """
 
     images: int
@@ -69,7 +69,7 @@ def export(
         out: Path of the file: ``.onnx``, or ``.pt2`` for a program of torch.export. It is kept if the comparison
             succeeds.
         shape: Height and width of the images.
-        dynamic: Leave open the size, of at least 32 pixels a side, and the number of images.
+        dynamic: Accept any size from 32 pixels a side on, and any number of images.
         labels: Return labels, not logits; :class:`~mmseg_inceptionnext.inference.onnx_model.Contract` has their shapes.
         dtype: Dtype of the input, 'uint8' or 'float32', of the same values.
         precision: 'fp32', or 'fp16' for weights and arithmetic in half precision.
@@ -83,14 +83,14 @@ def export(
     """
     out = Path(out)
     if not is_onnx(out) and out.suffix != '.pt2':
-        raise UserError(f'{out}: the name of what is written ends in .onnx or .pt2')
+        raise UserError(f'{out}: the file name must end in .onnx or .pt2')
     if is_onnx(out):
         for name in ('onnx', 'onnxscript', 'onnxruntime'):
             import_onnx(name)
     if min(shape) < LARGEST_STRIDE:
         raise UserError(f'shape={tuple(shape)}: no side may be shorter than {LARGEST_STRIDE}')
     if verify + len(images) < 1:
-        raise UserError('there is nothing to compare the file on: verify=1 at least, or pass images=FILE')
+        raise UserError('there is no image to compare on: pass verify=1 or more, or images=FILE')
     cfg, model, found = load_trained(config, checkpoint, classes)
     prepare = resize_transforms(pipeline_for_arrays(leaf_datasets(cfg.test_dataloader.dataset)[0].pipeline))
     module = ExportableSegmentor(model, labels, winograd=not dynamic and precision == 'fp32')
@@ -190,7 +190,7 @@ def _write_onnx(program: ExportedProgram, contract: Contract, path: Path) -> Cal
     _name_sizes(model, contract)
     for part in (model.graph, *model.graph.node, *model.functions):
         part.ClearField('doc_string')
-        part.ClearField('metadata_props')  # lines of the source, with the folders of who exported
+        part.ClearField('metadata_props')  # source lines with local paths
     versions = _versions() | {'onnx': onnx.__version__}
     onnx.helper.set_model_props(model, contract.metadata(versions))
     onnx.checker.check_model(model, full_check=True)
@@ -199,7 +199,7 @@ def _write_onnx(program: ExportedProgram, contract: Contract, path: Path) -> Cal
 
 
 def _name_sizes(model, contract: Contract) -> None:
-    """Name the open sizes batch, height and width; the exporter numbers them."""
+    """Name the dynamic dimensions batch, height and width; the exporter numbers them."""
     if contract.shape is None:
         for value in (*model.graph.input, *model.graph.output):
             dims = value.type.tensor_type.shape.dim
@@ -217,7 +217,7 @@ def _compare(run: Callable[[np.ndarray], np.ndarray], model: EncoderDecoder, pic
         largest = expected.abs().max()
         labels = result if contract.labels else result.argmax(1)
         missed = expected.amax(1) - expected.gather(1, labels[:, None])[:, 0]
-        # Two logits that each deviate by the tolerance are in the wrong order if they are twice as close.
+        # Two logits that each deviate by the tolerance can swap if they differ by less than twice that.
         error = missed.max() / 2 if contract.labels else (result - expected).abs().max()
         worst = max(worst, (error / largest).item())
         differing += (missed > 0).sum().item()

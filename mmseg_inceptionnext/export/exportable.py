@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.inference.label_map_segmentor import predicts_by_argmax
-from mmseg_inceptionnext.inference.optimize import fold
+from mmseg_inceptionnext.inference.optimize import fold_norms
 from mmseg_inceptionnext.models.interpolation import shifted_interpolation
 from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleConv2d
 from mmseg_inceptionnext.models.winograd import WinogradConv2d
@@ -46,7 +46,7 @@ class ExportableSegmentor(nn.Module):
         super().__init__()
         _check(model)
         model = copy.deepcopy(model).eval().requires_grad_(False)
-        fold(model)
+        fold_norms(model)
         preprocessor, self.labels = model.data_preprocessor, labels
         self.is_bgr = _takes_bgr(preprocessor)
         self.register_buffer('mean', preprocessor.mean if preprocessor._enable_normalize else torch.zeros(3, 1, 1))
@@ -199,7 +199,7 @@ _OUTPUT = torch.tensor(
     [[1, 1, 1, 1, 1, 0], [0, 1, -1, 0.5, -2, 0], [0, 1, 1, 0.25, 4, 0], [0, 1, -1, 0.125, -8, 1]],
     dtype=torch.double,
 )
-_BLOCK = 128  # rows and columns of a block: the longer the matrices below are, the more of them is zeros
+_BLOCK = 128  # rows and columns of a block: larger matrices are mostly zeros
 
 
 class WinogradConv3x3(nn.Module):
@@ -242,7 +242,7 @@ def _tiles(start: int, size: int, dtype: torch.dtype) -> tuple[int, int, Tensor,
     outputs = min(_BLOCK, size - start)
     tiles = -(-outputs // 4)
     first, last = max(start - 1, 0), min(start + outputs + 1, size)
-    # Of input p and tile t, which of the tile's six inputs it is
+    # [t, p]: which of the six inputs of tile t input p is
     index = torch.arange(first, last) - (start - 1) - 4 * torch.arange(tiles)[:, None]
     inputs = torch.where((index >= 0) & (index < 6), _INPUT[:, index.clamp(0, 5)], 0.0).flatten(0, 1)
     output = torch.einsum('ai,ts->tais', _OUTPUT, torch.eye(tiles, dtype=torch.double)).flatten(2).flatten(0, 1)

@@ -23,7 +23,7 @@ class LabelMapSegmentor(EncoderDecoder):
     cache, and only the largest logit and its class are kept. The label maps are equal, because the arithmetic of each
     pixel and class is the same. Where both sizes are equal, the second up-sampling changes nothing and is skipped.
 
-    mmseg's own way is taken for ``test_cfg=dict(return_logits=True)``, which its SegTTAModel needs, sliding windows, a
+    mmseg's ``predict`` runs for ``test_cfg=dict(return_logits=True)``, which its SegTTAModel needs, sliding windows, a
     single output channel with a threshold, and a head with its own ``predict``.
     """
 

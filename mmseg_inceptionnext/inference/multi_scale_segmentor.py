@@ -22,9 +22,6 @@ class MultiScaleSegmentor(nn.Module):
     views at the size of the original image: 12 views of a 2000×3000 image and 150 classes take 43 GB. Here a view is
     kept as its head left it, at a stride of 4, and up-sampled a few classes at a time, twice: for the softmax's
     denominator, and for the probabilities. Memory at full size does not grow with the number of classes.
-
-    Args:
-        module: The segmentor.
     """
 
     def __init__(self, module: EncoderDecoder):
@@ -101,7 +98,7 @@ def multi_scale_label_map(logits: list[Tensor], metas: list[dict], align_corners
 
 
 def _threshold(logits: list[Tensor], metas: list[dict], align_corners: bool, threshold: float) -> Tensor:
-    """Do the same for one output channel, the logit of class 1."""
+    """Return the label map of a head with one channel, the logit of class 1."""
     probability = sum(
         at_original_size(view, network_size(meta), meta, align_corners).sigmoid()
         for view, meta in zip(logits, metas, strict=True)

@@ -19,7 +19,7 @@ from mmseg_inceptionnext.errors import UserError, first_sentence
 from mmseg_inceptionnext.inference.label_map_segmentor import label_map
 from mmseg_inceptionnext.labels import Classes
 
-DTYPES = {'uint8': 'tensor(uint8)', 'float32': 'tensor(float)'}  # of the input, and what ONNX Runtime calls them
+DTYPES = {'uint8': 'tensor(uint8)', 'float32': 'tensor(float)'}  # input dtypes, and ONNX Runtime's names
 # Transforms of a test pipeline that a file may ask for, and their arguments.
 _PREPARATIONS = {'Resize': {'scale', 'keep_ratio'}, 'ResizeToMultiple': {'size_divisor'}}
 _FORMAT = 'mmseg_inceptionnext 1'
@@ -44,7 +44,7 @@ def import_onnx(name: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class Contract:
-    """What a file expects and returns, in its metadata.
+    """Input and output of an exported file, as in its metadata.
 
     Attributes:
         classes: Names, colours and coding of the labels.
@@ -82,7 +82,7 @@ class Contract:
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str], path: str | Path) -> Contract:
-        """Read what :meth:`metadata` has written.
+        """Build one from what :meth:`metadata` has returned.
 
         Raises:
             UserError: The metadata are those of another program, or damaged.
@@ -120,7 +120,7 @@ class Contract:
 
 
 def check_resize(transform: dict) -> dict:
-    """Return a resize transform as plain values, if a file may ask for it.
+    """Return an allowed resize transform as plain values.
 
     Raises:
         ValueError: It is another transform, or has other arguments.
@@ -163,19 +163,19 @@ class OnnxModel:
             raise UserError(f'{self.path} cannot be read: {error.strerror}') from error
         try:
             model = onnx.ModelProto.FromString(content)
-        except Exception as error:  # protobuf's, of a class that its releases move about
+        except Exception as error:  # protobuf's class differs between releases
             raise UserError(f'{self.path} is truncated, damaged or no ONNX file') from error
         self.contract = Contract.from_metadata({entry.key: entry.value for entry in model.metadata_props}, self.path)
         if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _messages(model, onnx.TensorProto)):
             raise UserError(
-                f'{self.path} is refused: it takes weights from other files; a file of tools/export.py is whole'
+                f'{self.path} is refused: its weights are in other files: export it again by tools/export.py'
             )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4
         try:
             self._session = onnxruntime.InferenceSession(content, options, providers=['CPUExecutionProvider'])
-        except Exception as error:  # of ONNX Runtime, which has a class for every kind of damage
+        except Exception as error:  # ONNX Runtime has a class for every kind of damage
             raise UserError(f'{self.path} cannot be run by ONNX Runtime: {first_sentence(error)}') from error
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1 or len(outputs) != 1 or inputs[0].type != DTYPES[self.contract.dtype]:
@@ -199,7 +199,7 @@ class OnnxModel:
         batches = np.split(images, len(images)) if shape else [images]
         try:
             return np.concatenate([self._session.run(None, {self._input: batch})[0] for batch in batches])
-        except Exception as error:  # of ONNX Runtime, for a file that was tampered with
+        except Exception as error:  # from ONNX Runtime: the file was tampered with
             raise UserError(f'{self.path} cannot be run by ONNX Runtime: {first_sentence(error)}') from error
 
     def test_step(self, data: dict) -> list[SegDataSample]:

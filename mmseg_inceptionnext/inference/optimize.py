@@ -47,10 +47,10 @@ def optimize_for_inference(model: EncoderDecoder, example_shape: tuple[int, int]
         del model.auxiliary_head
     if type(model) is EncoderDecoder:
         model.__class__ = LabelMapSegmentor
-    fold(model)
+    fold_norms(model)
     device = _device(model)
     if device == 'cpu' and not torch.is_autocast_enabled('cpu') and packing_works():
-        pack(model)
+        pack_weights(model)
     layout = torch.contiguous_format
     if device == 'cpu':
         layout = torch.channels_last
@@ -62,7 +62,7 @@ def optimize_for_inference(model: EncoderDecoder, example_shape: tuple[int, int]
     return model
 
 
-def fold(model: EncoderDecoder) -> None:
+def fold_norms(model: EncoderDecoder) -> None:
     """Fold norms and LayerScale into convolutions, in place. For eval mode."""
     backbone = model.backbone
     if isinstance(backbone, InceptionNeXt):
@@ -116,8 +116,8 @@ def _fold_norm_into_next(norm: _BatchNorm, conv: nn.Conv2d) -> None:
     conv.weight.copy_(weight * scale[:, None, None])
 
 
-def pack(model: EncoderDecoder) -> None:
-    """Replace layers by packed ones where there are any, in place. For float32 on a CPU, after :func:`fold`."""
+def pack_weights(model: EncoderDecoder) -> None:
+    """Replace layers by packed ones where there are any, in place. For float32 on a CPU, after :func:`fold_norms`."""
     for module in list(model.backbone.modules()):
         if isinstance(module, FoldedBlock) and _is_float32(module.mlp):
             module.mlp = PackedMlp(module.mlp)
@@ -165,7 +165,7 @@ def _pack_conv_module(module: ConvModule) -> None:
         module.conv = PackedPointwiseConv2d(conv.weight.flatten(1), conv.bias, 'relu' if rectified else 'none')
         module.with_activation = module.with_activation and not rectified
     if module.with_activation and type(module.activate) is nn.ReLU:
-        module.activate.inplace = True  # nobody else holds the result
+        module.activate.inplace = True  # no other module uses the result
 
 
 def _has_norm(module: ConvModule) -> bool:

@@ -14,12 +14,12 @@ import numpy as np
 from PIL import Image
 
 from mmseg_inceptionnext.data.prefetch import map_ahead
+from mmseg_inceptionnext.drawing import add_legend
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.files import atomic_write
 from mmseg_inceptionnext.images import read_image
 from mmseg_inceptionnext.inference.segmentor import Segmentation, Segmentor
 from mmseg_inceptionnext.inference.sources import Output, Source
-from mmseg_inceptionnext.pictures import add_legend
 
 _READERS = 2
 _RESULTS_WAITING = 8  # for the thread that writes
@@ -40,7 +40,7 @@ def predict(
         segmentor: The segmentor.
         sources: What :func:`~mmseg_inceptionnext.inference.sources.find_sources` returned.
         output: What to write, and where.
-        batch_size: Images in one forward pass, where their sizes agree; those of a video's frames always do.
+        batch_size: Images in one forward pass, if they have the same size, as frames of a video do.
         overwrite: Replace existing outputs.
         on_progress: Called with the number of images or frames that were written since the last call.
 
@@ -142,7 +142,7 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
         on_progress(1)
 
     if output.labels:
-        for stale in output.labels_of(source).glob('[0-9]*.png'):  # of a longer video that is overwritten
+        for stale in output.labels_of(source).glob('[0-9]*.png'):  # left by a longer video
             stale.unlink()
     # One thread reads and one writes, so that the frames keep their order.
     with closing(overlay), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:

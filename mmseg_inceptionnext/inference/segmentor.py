@@ -20,20 +20,20 @@ from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.config import read_config, require
 from mmseg_inceptionnext.data.pipeline import leaf_datasets, pipeline_for_arrays
 from mmseg_inceptionnext.device import find_device
+from mmseg_inceptionnext.drawing import add_legend, draw_overlay
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.images import read_image
 from mmseg_inceptionnext.inference.onnx_model import OnnxModel, is_onnx
 from mmseg_inceptionnext.inference.optimize import optimize_for_inference
 from mmseg_inceptionnext.labels import (
     Classes,
-    check_number,
+    check_num_classes,
     classes_of_checkpoint,
     read_classes,
     reduces_zero_label,
 )
 from mmseg_inceptionnext.models.build import LARGEST_STRIDE, build_segmentor
 from mmseg_inceptionnext.models.weights import load_segmentor
-from mmseg_inceptionnext.pictures import add_legend, draw_overlay
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Segmentation:
 
         Args:
             opacity: Opacity of the colours, from 0 to 1.
-            legend: Add a legend below of the classes that are in the image, largest first.
+            legend: Add a legend of the image's classes below it, largest first.
         """
         picture = Image.fromarray(draw_overlay(self.image, self.labels, self.classes.palette, opacity))
         if not legend:
@@ -94,8 +94,7 @@ class Segmentation:
 
         The image is grey, of 8 bits, or of 16 where 8 cannot hold all classes.
         """
-        coded = self.labels + int(self.classes.reduce_zero_label)
-        return Image.fromarray(coded.astype(np.uint8 if len(self.class_names) < 255 else np.uint16))
+        return Image.fromarray(self.classes.encode(self.labels))
 
 
 class Segmentor:
@@ -112,7 +111,7 @@ class Segmentor:
         config: Path of a config, name of a shipped one ('upernet/inceptionnext_t'), or a config. Or path of an .onnx
             file of ``tools/export.py``, which replaces config and checkpoint; ONNX Runtime runs it on the CPU.
         checkpoint: Path of a segmentor trained with the config; every key and shape must agree.
-        device: Such as 'cpu' or 'cuda:1'. Default: a GPU if there is one.
+        device: Device, such as 'cpu' or 'cuda:1'. Default: a GPU if there is one.
         classes: 'ade20k' or path of a file, see :func:`~mmseg_inceptionnext.labels.read_classes`. Default: those in the
             checkpoint.
         fast: Fold and pack the model (:func:`~mmseg_inceptionnext.optimize_for_inference`): same predictions, faster.
@@ -146,7 +145,7 @@ class Segmentor:
     def _open_onnx(self, path: str | Path | Config, device: str | torch.device | None,
                    classes: str | Path | None) -> None:  # fmt: skip
         if isinstance(path, Config) or not is_onnx(path):
-            raise UserError('a config needs a checkpoint of a segmentor trained with it; an .onnx file stands for both')
+            raise UserError('a config needs checkpoint=FILE of a segmentor trained with it; an .onnx file needs none')
         if device is not None and find_device(device).type != 'cpu':
             raise UserError(f'device={str(device)!r}: .onnx files run on the CPU here: leave it out')
         init_default_scope('mmseg')
@@ -155,7 +154,7 @@ class Segmentor:
         self.classes = self._model.contract.classes
         if classes is not None:
             self.classes = read_classes(classes, self.classes.reduce_zero_label)
-            check_number(self.classes.names, len(self._model.contract.classes.names), str(classes))
+            check_num_classes(self.classes.names, len(self._model.contract.classes.names), str(classes))
         self._pipeline = Compose(self._model.contract.pipeline())
 
     def __call__(
@@ -189,11 +188,11 @@ class Segmentor:
         """Apply the test pipeline to an image (H, W, 3) uint8, RGB, for :meth:`predict`; several threads may call this.
 
         Raises:
-            UserError: The image is so thin that a side vanishes at the test scale.
+            UserError: A side is too short at the test scale.
         """
         height, width = image.shape[:2]
         seen = (0, 0)
-        with suppress(cv2.error, ZeroDivisionError):  # a resize to a side without a pixel
+        with suppress(cv2.error, ZeroDivisionError):  # a side resized to 0 pixels
             packed = self._pipeline(dict(img=np.ascontiguousarray(image[..., ::-1])))  # mmseg's pipelines are BGR
             seen = packed['inputs'].shape[1:]
         if min(seen) < LARGEST_STRIDE:
@@ -204,7 +203,7 @@ class Segmentor:
 
     @torch.inference_mode()
     def predict(self, prepared: Sequence[dict]) -> list[Segmentation]:
-        """Segment what :meth:`prepare` returned for some images; those of the same size are one batch."""
+        """Segment images that :meth:`prepare` returned; those of the same size are one batch."""
         by_size: dict[tuple, list[int]] = {}
         for index, item in enumerate(prepared):
             by_size.setdefault(item['inputs'].shape, []).append(index)
@@ -233,5 +232,5 @@ def load_trained(
         found = read_classes(classes, reduce_zero_label=reduces_zero_label(content))
     model = build_segmentor(cfg)
     load_segmentor(model, content, checkpoint)
-    check_number(found.names, model.decode_head.num_classes, str(classes if classes is not None else checkpoint))
+    check_num_classes(found.names, model.decode_head.num_classes, str(classes if classes is not None else checkpoint))
     return cfg, model.eval(), found

@@ -39,8 +39,8 @@ def find_sources(inputs: Sequence[str], out: Path, lines: Iterable[str] = ()) ->
 
     Args:
         inputs: Files, folders (searched for images and videos, at any depth), globs, and '-' for ``lines``.
-        out: Folder of the output; files in it are no input.
-        lines: Paths of files.
+        out: Folder of the output; files in it are skipped.
+        lines: Paths for '-'.
 
     Returns:
         Files that were found in a folder or by a glob are named by their path relative to it, others by their name.
@@ -106,7 +106,7 @@ def _has_known_suffix(path: Path) -> bool:
 def _inside(name: Path) -> Path:
     """Return a relative path without suffix that leads neither out of the output folder nor into that of label maps.
 
-    No folder has the suffix of an output file, so that none can have the name of one.
+    No folder ends in .png or .mp4, so that none can collide with an output file.
     """
     *folders, file = [part for part in name.parts if part not in ('..', name.anchor)] or ['unnamed']
     folders = [f'{part}-2' if part.lower().endswith(('.png', '.mp4')) else part for part in folders]

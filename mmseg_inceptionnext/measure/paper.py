@@ -12,8 +12,6 @@ from mmseg_inceptionnext.config import find_config
 
 
 class PaperRow(NamedTuple):
-    """One row of a table."""
-
     name: str
     params: int
     macs: int

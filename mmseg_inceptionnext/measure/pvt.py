@@ -1,4 +1,4 @@
-"""Pyramid Vision Transformer, version 1 (Wang et al., ICCV 2021): a rival of Table 7 that mmseg and timm lack."""
+"""Pyramid Vision Transformer, version 1 (Wang et al., ICCV 2021): a baseline of Table 7 that mmseg and timm lack."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Measure speed and memory of several configs side by side.
 
-Each config has a process of its own and is timed in turn (A B C A B C …), so that a machine whose speed drifts favours
-none, its peak memory is its own, and one that fails does not affect the others.
+Each config has its own process and is timed in turn (A B C A B C …): drift in the machine's speed favours none, peak
+memory is that of one config, and a failure does not affect the others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
 
-from mmseg_inceptionnext.config import user_mistake
+from mmseg_inceptionnext.config import user_error_message
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.measure.timed_model import Setting, TimedModel
 from mmseg_inceptionnext.models.build import LARGEST_STRIDE
@@ -64,7 +64,7 @@ def measure_speed(
         configs: Paths or names of configs; ratios are to the first that can be measured.
         settings: What to measure: one setting for all configs, or one for each, of the same task.
         checkpoints: Path of a trained segmentor for each config, or none at all: random weights are as fast.
-        progress: Wraps the iterator over single measurements; its second argument is their number.
+        progress: Function that wraps the iterator over single measurements, given their number.
 
     Returns:
         The figures, and why the others failed: ``{config: message}``.
@@ -133,7 +133,6 @@ class ModelProcess:
         return self._ask('round')
 
     def close(self) -> None:
-        """Kill the process."""
         self._process.kill()
         self._process.join()
 
@@ -164,7 +163,7 @@ def _serve(connection, config: str, setting: Setting, checkpoint: str | None) ->
     except EOFError:
         pass
     except Exception as error:
-        connection.send(user_mistake(error) or traceback.format_exc())
+        connection.send(user_error_message(error) or traceback.format_exc())
 
 
 def _check(setting: Setting, configs: Sequence[str], checkpoints: Sequence[str]) -> None:

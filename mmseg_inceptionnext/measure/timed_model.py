@@ -28,7 +28,7 @@ TASKS = ('fps', 'train', 'backbone')
 PRECISIONS = ('fp32', 'tf32', 'bf16', 'fp16')
 LAYOUTS = ('nchw', 'channels_last', 'best')
 
-_WARM_UP, _IMAGES = 5, 195  # of mmseg's own benchmark
+_WARM_UP, _IMAGES = 5, 195  # as in mmseg's benchmark
 _ROUND_SECONDS = 0.5  # a round repeats its step until it lasts about that long
 
 
@@ -43,7 +43,7 @@ class Setting:
             the config's crop for 'train', 224×224 for 'backbone' (Table 4).
         data_root: For 'fps', root of the data set to take test images from, instead of a synthetic one; mmseg's
             protocol: 5 images to warm up, 195 timed, preprocessing not timed.
-        batch_size: Default: 1 for 'fps', the config's for 'train'; for 'backbone' the paper's 128 on a GPU, else 8.
+        batch_size: Images a step. Default: 'fps' 1, 'train' the config's, 'backbone' the paper's 128 on a GPU, else 8.
         repeat: Number of rounds.
         precision: 'fp32'; 'tf32' (GPU only); 'bf16' or 'fp16' by autocast.
         compile: Run backbone, neck and head through ``torch.compile``.
@@ -134,7 +134,7 @@ class TimedModel:
         return min(('nchw', 'channels_last'), key=total_seconds)
 
     def _images_per_second(self, name: str) -> float:
-        """Time the repetitions of a step, less the seconds that it returns, which it took to prepare its input."""
+        """Time the repetitions of a step, without the seconds that it returns: its input preparation."""
         step, number = self.steps[name], self.repetitions[name]
         _synchronise(self.device)
         start, aside = time.perf_counter(), 0.0
@@ -168,7 +168,7 @@ class TimedModel:
     def _real_batches(self) -> Iterator[tuple[torch.Tensor, list[SegDataSample]]]:
         set_data_root(self.cfg, self.setting.data_root)
         check_data(self.cfg, 'test')
-        # In this process: preprocessing is outside the clock, and a daemon may not have workers.
+        # No workers: preprocessing is not timed, and a daemonic process may not start any.
         here = dict(batch_size=self.batch_size, num_workers=0, persistent_workers=False)
         loader = Runner.build_dataloader(dict(self.cfg.test_dataloader, **here))
         while True:

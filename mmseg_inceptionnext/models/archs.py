@@ -40,7 +40,7 @@ def resolve_arch(arch: str | dict) -> dict:
         wrong += [f'has unknown keys {sorted(set(arch) - expected)}'] if set(arch) - expected else []
         raise UserError(f'the arch dict {" and ".join(wrong)}; it needs exactly {sorted(expected)}')
     if not 0 < len(arch['depths']) == len(arch['channels']) == len(arch['mlp_ratios']):
-        raise UserError('depths, channels and mlp_ratios of an arch dict need one entry a stage each')
+        raise UserError('depths, channels and mlp_ratios of an arch dict must have one entry a stage')
     for key in ('band_kernel_size', 'square_kernel_size'):
         if arch[key] % 2 == 0:
             raise UserError(f'{key}={arch[key]} must be odd, or the branches would differ in size')

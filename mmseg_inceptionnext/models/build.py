@@ -14,7 +14,7 @@ from mmseg.registry import MODELS
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.models.weights import load_segmentor
 
-# Stride of the last feature map of every backbone here, so that no side of a network's input may be shorter, in pixels.
+# Stride of the last feature map of every backbone here, and so the shortest side of an input, in pixels.
 LARGEST_STRIDE = 32
 
 

@@ -27,7 +27,7 @@ class InceptionDWConv2d(nn.Module):
     """Token mixer: a large-kernel depthwise convolution decomposed into four parallel branches (Sec. 3.2, Eq. 4-7).
 
     Of C channels, the first C - 3g pass unchanged; g each go through a square, a horizontal and a vertical band
-    kernel, g = ⌊C · branch_ratio⌋. The identity comes first: Algorithm 1 prints it last, the released weights disagree.
+    kernel, g = ⌊C · branch_ratio⌋. The identity comes first, as in the released weights; Algorithm 1 prints it last.
 
     Input and output: (N, C, H, W).
     """
@@ -134,8 +134,8 @@ class InceptionNeXt(BaseModule):
     """InceptionNeXt (Sec. 3.3, Table 3), returning the feature maps of several stages.
 
     Args:
-        arch: 'atto', 'tiny', 'small', 'base' or its first letter; or a dict with the keys of
-            :data:`~mmseg_inceptionnext.models.archs.ARCHS`'s entries.
+        arch: Name ('atto', 'tiny', 'small' or 'base') or its first letter; or a dict like an entry of
+            :data:`~mmseg_inceptionnext.models.archs.ARCHS`.
         in_channels: Channels of the input image.
         drop_path_rate: Stochastic depth rate of the last block; it rises linearly from 0 over all blocks (Table 10).
         layer_scale_init_value: Initial value of γ, above 0.

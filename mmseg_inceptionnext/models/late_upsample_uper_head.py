@@ -93,7 +93,7 @@ class LateUpsampleConv2d(nn.Conv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, map_channels: list[int], align_corners: bool) -> LateUpsampleConv2d:
-        """Make one with the parameters of a plain 3×3 convolution."""
+        """Return one that shares the parameters of a plain 3×3 convolution."""
         late = cls(map_channels, conv.out_channels, align_corners, device='meta')
         late.weight, late.bias = conv.weight, conv.bias
         return late
@@ -150,7 +150,7 @@ def add_up_sampled(out: Tensor, taps: list[list[Tensor]], align_corners: bool) -
 
 
 def _sum_up_sampled(out: Tensor, rows: list[Tensor], align_corners: bool) -> Tensor:
-    """Compute :func:`add_up_sampled` as it is written."""
+    """Compute :func:`add_up_sampled` by its formula, without blocks."""
     for level in range(0, len(rows), 3):
         r, c = _shifted_interpolations(rows[level], out, align_corners)
         taps = torch.stack(rows[level : level + 3], dim=1).unflatten(2, (3, out.shape[1]))
@@ -208,8 +208,8 @@ def _blocks(out: Tensor, rows: list[Tensor], align_corners: bool) -> Iterator[tu
     """Yield blocks of a few rows of ``out``, for every image.
 
     Yields:
-        The three R_i (rows of the block, h'); a list of (columns, their band of the next one's second axis,
-        C (columns, 3·w')); an uninitialised (rows of the block, 3·w, O) for the map with its rows interpolated; the
+        The three R_i (rows of the block, h'); a list of (columns, their band of the buffer's second axis,
+        C (columns, 3·w')); an uninitialised buffer (rows of the block, 3·w, O) for the map with rows interpolated; the
         three maps (h', w·3·O); and the block of ``out`` (rows of the block, W, O). h' and w' are the parts of h
         and w that the block and the columns depend on. The last two are views.
     """

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import timm
+import torch
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
@@ -109,7 +110,7 @@ def check_fits(model: nn.Module, checkpoint: dict, path: str | Path) -> None:
     if name := recognise_arch(state_dict):
         raise UserError(
             f'{path} holds weights of a backbone, inception_next_{name}, not of a trained segmentor: '
-            f'start a training from it by weights={str(path)!r}'
+            f'to train from it, pass weights={str(path)!r}'
         )
     problems = _differences(expected, state_dict)
     if problems:
@@ -144,7 +145,7 @@ def _download_timm(name: str) -> Path:
     repository = cfg.hf_hub_id if not cfg.hf_hub_id.endswith('/') else f'{cfg.hf_hub_id}{cfg.architecture}.{cfg.tag}'
     try:
         return Path(hf_hub_download(repository, 'model.safetensors'))
-    except Exception as error:  # of the hub's HTTP client, which changes from version to version
+    except Exception as error:  # the hub's HTTP client differs between versions
         raise UserError(f'could not download {name} from the hub ({first_sentence(error)}): {NO_NETWORK}') from error
 
 
@@ -171,8 +172,8 @@ def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
     shapes = [(key, tuple(found[key].shape), tuple(expected[key].shape)) for key in expected if key in found]
     if different := [f'{key} is {there}, here {here}' for key, there, here in shapes if there != here]:
         parts.append(f'{len(different)} shapes differ: {_some(different)}')
-    if odd := [key for key in expected if key in found and found[key].is_complex()]:
-        parts.append(f'{len(odd)} tensors are of complex numbers, such as {_some(odd)}')
+    if odd := [key for key in expected if key in found and not _is_plain(found[key])]:
+        parts.append(f'{len(odd)} tensors are complex, sparse, quantised or empty, such as {_some(odd)}')
     return '; '.join(parts)
 
 
@@ -182,6 +183,11 @@ def _recognised(state_dict: Mapping[str, Tensor]) -> str:
     if not any('.token_mixer.dwconv_hw.' in key for key in state_dict):
         return ' (this is no InceptionNeXt)'
     return ''
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor has a real number for each of its elements."""
+    return not (tensor.is_complex() or tensor.is_quantized or tensor.is_meta) and tensor.layout == torch.strided
 
 
 def _some(items, number: int = 3) -> str:

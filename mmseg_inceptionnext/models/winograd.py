@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 # F(2×2, 3×3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv:1509.09308), Sec. 4.1.
 _G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
-MIN_CHANNELS = 256  # of input and output: with fewer, the transforms cost what the products save
-_TILES = 512  # of a block: as many as the caches of a core hold with 512 channels
+MIN_CHANNELS = 256  # input and output channels: with fewer, the transforms cost what the products save
+_TILES = 512  # tiles a block: what the caches of a core hold with 512 channels
 
 
 def conv2d_3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -56,7 +56,7 @@ class WinogradConv2d(nn.Conv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> WinogradConv2d:
-        """Make one with the parameters of another convolution."""
+        """Return one that shares the parameters of another convolution."""
         new = cls(conv.in_channels, conv.out_channels, 3, padding=1, device='meta')
         new.weight, new.bias = conv.weight, conv.bias
         return new

@@ -1,4 +1,4 @@
-"""The effective batch of a run, which a recipe's learning rate is made for."""
+"""The effective batch size of a run, which the learning rate depends on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class EffectiveBatch:
         processes: World size of the run.
         per_process: Images in one forward pass of a process.
         accumulation: Forward passes before the optimizer steps.
-        recipe: The batch that the config is made for, if it says so.
+        recipe: Batch size that the config is made for, or None.
     """
 
     processes: int
@@ -35,7 +35,7 @@ class EffectiveBatch:
 
     @property
     def warning(self) -> str | None:
-        """What is wrong with the batch, and what helps; None where the recipe holds."""
+        """Warning if the batch size is not the recipe's, else None."""
         if self.recipe in (None, self.images):
             return None
         return (
@@ -45,7 +45,7 @@ class EffectiveBatch:
 
 
 def effective_batch(cfg: Config) -> EffectiveBatch:
-    """Return the batch that a run of a config has; the recipe's stands in ``auto_scale_lr.base_batch_size``."""
+    """Return the effective batch of a config; the recipe's is ``auto_scale_lr.base_batch_size``."""
     accumulation = cfg.optim_wrapper.get('accumulative_counts', 1)
     per_process = cfg.train_cfg.get('micro_batch_size') or cfg.train_dataloader.batch_size
     recipe = (cfg.get('auto_scale_lr') or {}).get('base_batch_size')

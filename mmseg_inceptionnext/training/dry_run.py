@@ -1,4 +1,4 @@
-"""Find out what a training run will do and cost, by two of its iterations."""
+"""Estimate the schedule and the cost of a training run from two iterations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Plan:
         schedulers: Type and iterations of each parameter scheduler.
         val_interval: Iterations between validations.
         seconds_per_iteration: Time of the second iteration, with its data; None if none is left.
-        seconds_per_validation_image: Time of a validation image, the second time.
+        seconds_per_validation_image: Time of a validation image, after a warm-up.
         peak_memory_mb: Peak memory of the GPU, or of the process on a CPU, in MiB.
         device: Name of the device.
     """
@@ -115,7 +115,7 @@ def dry_run(cfg: Config, make_runner: Callable[[Config], SafeRunner]) -> Plan:
     has_validation = cfg.get('val_dataloader') is not None
     with tempfile.TemporaryDirectory() as folder:
         cfg.work_dir = folder
-        # Not the runner's model, of which this rank may have a share.
+        # Not the runner's model: under FSDP a rank has only a shard.
         parameters = sum(p.numel() for p in build_segmentor(cfg).parameters())
         runner = make_runner(cfg)
         runner.train()
@@ -152,7 +152,7 @@ def dry_run(cfg: Config, make_runner: Callable[[Config], SafeRunner]) -> Plan:
 class _StopwatchHook(Hook):
     """Stops a run after its second iteration, and measures how long each took, with the wait for its data."""
 
-    priority = 'VERY_HIGH'  # the time of other hooks' pictures is not that of an iteration
+    priority = 'VERY_HIGH'  # so that the time of other hooks is not counted
 
     def __init__(self):
         self.seconds: list[float] = []

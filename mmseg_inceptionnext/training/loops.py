@@ -17,14 +17,14 @@ from mmseg_inceptionnext.errors import UserError, one_line
 
 @LOOPS.register_module()
 class AccumulatingTrainLoop(IterBasedTrainLoop):
-    """mmengine's loop, whose iteration takes a whole batch through the network in parts and then steps.
+    """mmengine's loop, whose iteration runs a whole batch in micro-batches before the optimizer step.
 
     With ``optim_wrapper.accumulative_counts`` alone, mmengine counts the parts as iterations: schedules, warm-up and
     intervals would all shrink. Here the data loader yields the whole batch, in the order of a run without
     accumulation, so that resuming and :class:`~mmseg_inceptionnext.SeedAugmentation` work as without it.
 
     Args:
-        micro_batch_size: Images of a part. The data loader's batch size is a multiple of it, and the quotient is
+        micro_batch_size: Images in one forward pass. The data loader's batch size is a multiple of it, the quotient is
             ``optim_wrapper.accumulative_counts``.
     """
 
@@ -34,7 +34,7 @@ class AccumulatingTrainLoop(IterBasedTrainLoop):
 
     def run(self) -> torch.nn.Module:
         wrapper, parts = self.runner.optim_wrapper, self.dataloader.batch_size // self.micro_batch_size
-        # The wrapper counts parts; the runner has told it iterations.
+        # The wrapper counts micro-batches; the runner has told it iterations.
         wrapper.initialize_count_status(self.runner.model, self._iter * parts, self._max_iters * parts)
         return super().run()
 
@@ -51,7 +51,7 @@ class AccumulatingTrainLoop(IterBasedTrainLoop):
 
 @LOOPS.register_module()
 class TolerantValLoop(ValLoop):
-    """mmengine's ValLoop; if it fails, on a bad image for example, the run reports it and trains on.
+    """mmengine's ValLoop; if it fails, on a bad image for example, the run logs it and goes on training.
 
     Such a validation has no metrics: none are computed from a part of the images. A signal ends it in the same way.
     Losses, which mmseg's segmentors do not return in validation, are not reported.

@@ -33,7 +33,7 @@ def check_amp(cfg: Config) -> None:
     """Check that the config's optimizer wrapper can be replaced by one for mixed precision.
 
     Raises:
-        UserError: It is one of another kind already.
+        UserError: It is of another type.
     """
     if (kind := cfg.optim_wrapper.type) != 'OptimWrapper':
         raise UserError(f'amp=True replaces optim_wrapper.type OptimWrapper, but the config has {kind}: drop one')
@@ -44,7 +44,7 @@ def amp_optim_wrapper(bfloat16: bool | None = None) -> dict:
 
     Args:
         bfloat16: True for bfloat16, False for float16 with a dynamic loss scale. Default: bfloat16 where the device
-            computes in it.
+            supports it.
     """
     if bfloat16 is None:
         # Since torch 2.4 older GPUs "support" bfloat16 by emulation, which is slower than float32.

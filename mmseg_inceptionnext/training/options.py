@@ -1,4 +1,4 @@
-"""What a training run is asked for besides its config."""
+"""Options of a training run besides its config."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class TrainOptions:
         auto_batch: Accumulate gradients so that the recipe's batch holds, see
             :func:`~mmseg_inceptionnext.training.batch.split_recipe_batch`.
         skip_bad_images: Replace training images that cannot be read by others, instead of stopping.
-        strategy: 'ddp': each rank holds the whole model; 'fsdp': each holds a share of it, see
-            :class:`~mmseg_inceptionnext.training.strategies.ShardedStrategy`.
+        strategy: 'ddp': each rank holds the whole model; 'fsdp': each holds a shard of it, see
+            :class:`~mmseg_inceptionnext.training.fsdp.ShardedStrategy`.
     """
 
     weights: str | None = None

@@ -15,7 +15,7 @@ from mmseg_inceptionnext.errors import UserError, first_sentence
 from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.models.weights import check_fits
 
-# What mmengine resumes from.
+# Keys that mmengine needs to resume.
 _PARTS = {'meta': dict, 'message_hub': dict, 'optimizer': dict, 'param_schedulers': list}
 
 
@@ -36,7 +36,7 @@ class ResumePoint:
 
 
 def find_resume_point(cfg: Config, checkpoint: str | Path | None = None) -> ResumePoint | None:
-    """Find the checkpoint that a run of a config resumes from; it is read and compared with the config.
+    """Find the checkpoint to resume from; read it and check it against the config.
 
     Args:
         cfg: A whole config, as the run executes it.
@@ -63,16 +63,16 @@ def find_resume_point(cfg: Config, checkpoint: str | Path | None = None) -> Resu
     if checkpoint and (
         others := [path for path in _newest_first(Path(checkpoint).parent, []) if path != candidates[0]]
     ):
-        warnings.append(f'resume={str(others[0])!r} is the one before')
+        warnings.append(f'try resume={str(others[0])!r}, the one before')
     if candidates:
         raise UserError('; '.join(warnings))
     return None
 
 
 def _newest_first(folder: Path, warnings: list[str]) -> list[Path]:
-    """Return the checkpoint that ``last_checkpoint`` names, also if the folder was moved, and those before it.
+    """Return the checkpoint that ``last_checkpoint`` names, even if the folder was moved, then older ones.
 
-    Later ones are of another run. Without ``last_checkpoint``, return all that are there.
+    Newer ones belong to another run. Without ``last_checkpoint``, return all.
     """
     found = sorted(folder.glob('iter_*.pth'), key=_iteration, reverse=True)
     pointer = folder / 'last_checkpoint'
@@ -103,7 +103,7 @@ def _read_resumable(path: Path, cfg: Config) -> dict:
         )
     iteration, epoch, seed = (content['meta'].get(key) for key in ('iter', 'epoch', 'seed'))
     if not all(isinstance(number, int) and number >= 0 for number in (iteration, epoch, seed or 0)):
-        raise UserError(f'{path} cannot be resumed, it does not say at which iteration of which seed it was saved')
+        raise UserError(f'{path} cannot be resumed, its meta lacks a valid iter, epoch or seed')
     if iteration > (last := cfg.train_cfg.get('max_iters', iteration)):
         raise UserError(
             f'{path} is of iteration {iteration}, past train_cfg.max_iters={last}: raise that, or start anew'
@@ -126,11 +126,11 @@ def _check_optimizer(wrapper: OptimWrapper, state: dict) -> None:
     """Load an optimizer's state as mmengine will, and check what torch does not.
 
     Raises:
-        Exception: Any kind, where it does not fit.
+        Exception: Any type; the state does not fit.
     """
     for ours, theirs in zip(wrapper.optimizer.param_groups, state['param_groups'], strict=False):
         for key, value in ours.items():
-            there = theirs[key]  # a KeyError names what another optimizer does not have
+            there = theirs[key]  # a KeyError names what the saved optimizer lacks
             if isinstance(value, (int, float)) != isinstance(there, (int, float)):
                 raise ValueError(f'{key} is {there!r}')
     wrapper.load_state_dict(state)

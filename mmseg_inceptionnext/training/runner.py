@@ -25,11 +25,11 @@ from mmseg_inceptionnext.files import DISK_FULL_ERRNOS, atomic_write
 from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.training.hooks.checkpoint import SafeCheckpointHook
 from mmseg_inceptionnext.training.hooks.stop_on_signal import StopOnSignalHook
-from mmseg_inceptionnext.training.signals import StopSignal, defer_worker_death, ignore_signals_in_worker
+from mmseg_inceptionnext.training.signals import StopSignal, disable_sigchld_handler, ignore_signals_in_worker
 
 
 class FaultTolerantMixin:
-    """Makes one of mmengine's runners lose nothing that it has computed.
+    """Makes one of mmengine's runners survive signals, bad files, dead workers, full disks.
 
     - Checkpoints are written atomically, and are on the disk before older ones are removed.
     - SIGTERM, SIGUSR1 and Ctrl-C stop a training between two iterations, with a checkpoint.
@@ -37,8 +37,8 @@ class FaultTolerantMixin:
       config, training images that cannot be read are replaced by others. If a worker dies, its file is named.
     - A full disk costs logs and pictures, but does not stop the run.
 
-    Where a config names mmengine's CheckpointHook or ValLoop, or leaves them to mmengine, :class:`SafeCheckpointHook`
-    and :class:`TolerantValLoop` take their place; the config that is saved says what it said.
+    :class:`SafeCheckpointHook` and :class:`TolerantValLoop` replace mmengine's CheckpointHook and ValLoop, even where
+    the config does not name them; the saved config is not changed.
 
     Attributes:
         stop_signal: The signal that this process has received.
@@ -58,7 +58,7 @@ class FaultTolerantMixin:
         return self._load_from if self._resume else None
 
     def resume_from(self, checkpoint: str) -> None:
-        """Resume from a checkpoint when the training begins; the config, which the run saves, does not name it."""
+        """Resume from a checkpoint when training starts; the saved config does not name it."""
         self._load_from, self._resume = checkpoint, True
 
     @property
@@ -100,7 +100,7 @@ class FaultTolerantMixin:
         """Run the test loop.
 
         Raises:
-            UserError: A data-loading worker has died, whose file is named, or another rank.
+            UserError: A data-loading worker, whose file is named, or another rank has died.
         """
         with self.naming_files_of_dead_workers(), self.noticing_dead_ranks():
             return super().test()
@@ -118,14 +118,14 @@ class FaultTolerantMixin:
             self.train_loop.stop_training = True
 
     def save_now(self, iteration: int) -> str:
-        """Save a checkpoint outside the intervals, if there is a hook for it; return which is the last, in words."""
+        """Save a checkpoint now, if there is a hook for it; return :attr:`last_checkpoint`."""
         if self.checkpoint_hook and iteration > 0:
             self.checkpoint_hook.save(self, iteration)
         return self.last_checkpoint
 
     @property
     def last_checkpoint(self) -> str:
-        """Which checkpoint of this run is the last, in words."""
+        """A phrase for messages that names the last checkpoint."""
         path = self.checkpoint_hook and self.checkpoint_hook.last_ckpt
         return f'the last checkpoint is {path}' if path else 'there is no checkpoint of this run'
 
@@ -141,7 +141,7 @@ class FaultTolerantMixin:
             OSError: It cannot be written.
         """
         if '://' in str(out_dir) or not is_main_process():
-            # Object stores are atomic; and the other ranks write nothing, but may hold a share of the weights.
+            # Object stores are atomic; and the other ranks write nothing, but may hold a shard of the weights.
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
         else:
             with atomic_write(Path(out_dir, filename), durable=True) as partial_file:
@@ -162,11 +162,10 @@ class FaultTolerantMixin:
             raise UserError(f'{filename} cannot be resumed ({reason}): start anew, or from another one') from error
 
     def build_model(self, model: dict | nn.Module) -> nn.Module:
-        """Build the segmentor of the config."""
         return model if isinstance(model, nn.Module) else build_segmentor(self.cfg)
 
     def build_dataloader(self, dataloader: dict | DataLoader, *args, **kwargs) -> DataLoader:
-        """Build mmengine's; its data set names its files on failure, its workers leave signals to this process."""
+        """Build the data loader; its data set names its files on failure, its workers ignore signals."""
         training = dataloader is self._train_dataloader
         loader = super().build_dataloader(dataloader, *args, **kwargs)
         current = CurrentFiles(loader.num_workers)
@@ -177,9 +176,9 @@ class FaultTolerantMixin:
         return loader
 
     def build_train_loop(self, loop: dict | BaseLoop) -> BaseLoop:
-        """Build mmengine's, whose ranks stop together where one of them has no data."""
+        """Build the training loop; if one rank gets no data, all stop together."""
         loop = super().build_train_loop(loop)
-        defer_worker_death()  # mmengine 0.10.7 has started the workers by now
+        disable_sigchld_handler()  # mmengine 0.10.7 has started the workers by now
         loop.dataloader_iterator = _CommonBatches(loop.dataloader_iterator, self)
         return loop
 
@@ -219,7 +218,7 @@ class FaultTolerantMixin:
             if not isinstance(error, torch.distributed.DistError) and 'gloo' not in str(error):
                 raise
             raise UserError(
-                f'process {self.rank} of {self.world_size} has lost another one, whose message says why '
+                f'process {self.rank} of {self.world_size} lost the connection to another, which says why '
                 f'({first_sentence(error)}); {self.last_checkpoint}: start again with resume=True'
             ) from error
 
@@ -232,12 +231,12 @@ class FaultTolerantMixin:
             dead = re.search(r'DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(.*)', str(error))
             if dead is None:
                 raise
-            files = {current.of_process(int(pid)) for pid in dead[1].split(', ') for current in self._current_files} - {
+            files = {current.files_of(int(pid)) for pid in dead[1].split(', ') for current in self._current_files} - {
                 None
             }
             raise BadSample(
                 f'a data-loading worker {dead[2].strip(" .")}, on {", ".join(files) or "no file yet"}: it may have run '
-                'out of memory (fewer workers need less), or the file is bad'
+                'out of memory (use fewer workers), or the file is corrupt'
             ) from error
 
 

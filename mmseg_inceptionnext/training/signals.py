@@ -11,7 +11,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignal:
-    """A context in which the first signal is noted instead of killing the process; a second SIGINT kills it.
+    """Context manager that records the first signal, so that it does not kill; a second SIGINT kills.
 
     Attributes:
         received: The first signal, or None.
@@ -40,17 +40,17 @@ class StopSignal:
         os.write(2, line.encode())  # to stderr; print may be what was interrupted
 
 
-def defer_worker_death() -> None:
-    """Let a dead data-loading worker be noticed when data are fetched.
+def disable_sigchld_handler() -> None:
+    """Disable torch's SIGCHLD handler, so that a dead worker raises when data are fetched, not anywhere.
 
-    Once torch has started workers, its SIGCHLD handler would raise in the middle of anything.
+    Call this after torch has started workers, which installs the handler.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def ignore_signals_in_worker() -> None:
-    """Leave signals to the main process, which needs the data of its workers until it stops; call this in a worker.
+    """Ignore signals in a data-loading worker: the main process needs its data until it stops.
 
     Terminals and schedulers send signals to all processes of a run. SIGTERM from the main process itself is obeyed.
     """

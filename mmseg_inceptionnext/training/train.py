@@ -22,11 +22,11 @@ from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.models.weights import check_fits
 from mmseg_inceptionnext.training.batch import effective_batch, split_recipe_batch
 from mmseg_inceptionnext.training.dry_run import Plan, dry_run
+from mmseg_inceptionnext.training.fsdp import check_fsdp
 from mmseg_inceptionnext.training.mixed_precision import amp_optim_wrapper, check_amp
 from mmseg_inceptionnext.training.options import TrainOptions
 from mmseg_inceptionnext.training.resume import ResumePoint, find_resume_point
 from mmseg_inceptionnext.training.runner import FaultTolerantMixin, SafeFlexibleRunner, SafeRunner
-from mmseg_inceptionnext.training.strategies import check_fsdp
 
 
 def train(cfg: Config, options: TrainOptions = TrainOptions()) -> FaultTolerantMixin:
@@ -34,7 +34,7 @@ def train(cfg: Config, options: TrainOptions = TrainOptions()) -> FaultTolerantM
 
     Args:
         cfg: A whole config, with ``work_dir`` set; :func:`apply` changes it.
-        options: What is asked for besides.
+        options: Options of the run.
 
     Returns:
         The runner, after the last iteration, or after the one in which a signal asked it to stop.
@@ -49,7 +49,7 @@ def train(cfg: Config, options: TrainOptions = TrainOptions()) -> FaultTolerantM
 
 
 def plan(cfg: Config, options: TrainOptions = TrainOptions()) -> Plan:
-    """Find out what :func:`train` would do with the same arguments, and what it would cost; keep nothing."""
+    """Return what :func:`train` would do with the same arguments, and its cost; keep nothing."""
     point = _prepare(cfg, options)
     return dry_run(cfg, lambda changed: make_runner(changed, point))
 
@@ -70,7 +70,7 @@ def check(cfg: Config, options: TrainOptions) -> None:
     if options.resume == '':
         raise UserError("resume='' names no checkpoint: resume=True resumes from the newest")
     if cfg.train_cfg.get('by_epoch') or 'Epoch' in str(cfg.train_cfg.get('type')):
-        raise UserError('train_cfg counts epochs: runs here are counted, saved and resumed by iterations')
+        raise UserError('train_cfg counts epochs: set train_cfg.type to IterBasedTrainLoop, and max_iters')
     if options.seed is not None and not 0 <= options.seed < 2**32:
         raise UserError(f'seed={options.seed} must be from 0 to {2**32 - 1}')
     for section, key in (('train_dataloader', 'batch_size'), ('train_cfg', 'max_iters'), ('train_cfg', 'val_interval')):
@@ -89,9 +89,8 @@ def check(cfg: Config, options: TrainOptions) -> None:
 def apply(cfg: Config, options: TrainOptions) -> ResumePoint | None:
     """Change a checked config, in place, into what the run executes and saves.
 
-    Nothing else changes it on the way. What depends on the machine stays out of it, so that the saved config serves
-    elsewhere: SyncBN becomes BN where the model is built, and the runner puts its own hooks, loops and model wrapper in
-    the place of mmengine's.
+    Nothing else changes it. What depends on the machine stays out of it, so that the saved config works elsewhere:
+    SyncBN becomes BN where the model is built, and the runner replaces mmengine's hooks, loops and model wrapper.
 
     Returns:
         The checkpoint to resume from; None to start from the beginning.
@@ -127,7 +126,7 @@ def apply(cfg: Config, options: TrainOptions) -> ResumePoint | None:
     if point is None:
         print_log(f'No checkpoint in {cfg.work_dir} yet: training starts from the beginning', logger='current')
         return None
-    # mmengine takes the seed over only after the sampler has been built with another one.
+    # mmengine restores the seed only after it has built the sampler with another one.
     cfg.randomness = {'seed': point.seed, **cfg.get('randomness', {})}
     return point
 
@@ -139,13 +138,13 @@ def make_runner(cfg: Config, point: ResumePoint | None) -> FaultTolerantMixin:
         UserError: ``load_from`` of the config does not fit, or the ranks found different checkpoints.
     """
     source = cfg.get('load_from')
-    if point is None and source is not None:  # a segmentor to fine-tune; mmengine would load what happens to match
+    if point is None and source is not None:  # to fine-tune; mmengine would silently load a partial match
         check_fits(build_segmentor(cfg), read_checkpoint(source), source)
     runner = (SafeFlexibleRunner if cfg.get('strategy') else SafeRunner).from_cfg(cfg)
     _check_same_on_all_ranks(point, runner.work_dir)
     if point is None:
         if is_main_process():
-            runner.skipped_images.unlink(missing_ok=True)  # of another run in this work dir
+            runner.skipped_images.unlink(missing_ok=True)  # left by an earlier run
         return runner
     runner.resume_from(str(point.path))
     for warning in point.warnings:
@@ -156,14 +155,13 @@ def make_runner(cfg: Config, point: ResumePoint | None) -> FaultTolerantMixin:
 
 
 def run_result(runner: FaultTolerantMixin) -> dict:
-    """Return what a run has achieved.
+    """Return the result of a run.
 
     Returns:
-        ``{'metric', 'best', 'iteration', 'checkpoint', 'config'}`` of the best validation: name and value of the metric
-        that chooses the best checkpoint, its iteration, its checkpoint, and the whole config that the run wrote beside
-        it. Without a best one, of the last. And ``{'done', 'stopped_by', 'failed_validations', 'skipped'}``: the
-        iterations that are done, which signal ended them early or None, why validations failed by iteration, and how
-        often each damaged image was replaced, by message.
+        A dict. 'metric', 'best': name and best value of the metric that selects the best checkpoint. 'iteration',
+        'checkpoint': those of the best validation, or the last ones if there is none. 'config': path of the config
+        that the run saved. 'done': number of iterations done. 'stopped_by': signal that stopped the run early, or
+        None. 'failed_validations': reason by iteration. 'skipped': number of replacements by message.
     """
     hub, work_dir = runner.message_hub, Path(runner.work_dir)
     metrics = getattr(runner.checkpoint_hook, 'key_indicators', None) or ['']
@@ -186,9 +184,9 @@ def run_result(runner: FaultTolerantMixin) -> dict:
 
 
 def resume_if_restarted(cfg: Config, options: TrainOptions) -> TrainOptions:
-    """Ask to resume where torchrun has restarted the processes, and this run has written a checkpoint before.
+    """Set ``resume`` if torchrun restarted the processes and this run has written a checkpoint before.
 
-    A work dir can hold checkpoints of other runs: this one's are not older than a file that its first start writes.
+    Checkpoints of other runs in the work dir are older than the file that this run's first start writes.
     """
     if 'TORCHELASTIC_RUN_ID' not in os.environ:
         return options

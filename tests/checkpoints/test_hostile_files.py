@@ -256,7 +256,7 @@ def test_every_entry_refuses_every_file(files, entries, entry, names):
 def test_every_file_is_refused_or_read_as_what_it_is(files):
     for name in NAMES:
         before, start = peak_memory(reset=True), time.monotonic()
-        if name == 'no_tensors':  # and no harm
+        if name in ('no_tensors', 'other_kinds', 'strange_keys'):  # and no harm
             read_checkpoint(files[name])
         else:
             with pytest.raises(UserError, match=re.escape(str(files[name]))):
@@ -362,7 +362,7 @@ def test_odd_content_is_refused_in_one_line(trained, tool_here, mini_root, tmp_p
 
 @pytest.mark.parametrize('name', ['~nobody-of-this-name/w.pth', 'x' * 300 + '.pth', 'a\nb.pth', '/dev/zero', '/tmp'])
 def test_names_that_cannot_be_files(name):
-    with pytest.raises(UserError, match='no checkpoint|names no checkpoint|is a directory, a pipe or a device'):
+    with pytest.raises(UserError, match='no checkpoint|is not a valid path|is a directory, a pipe or a device'):
         read_checkpoint(name)
 
 

@@ -247,7 +247,7 @@ def test_foreign_and_damaged_files(fixed, tmp_path):
     at = [entry.key for entry in onnx.load(fixed).metadata_props].index('prepare')
     with pytest.raises(UserError, match='damaged .ValueError: LoadImageFromFile'):
         Segmentor(changed(fixed, out, lambda model: setattr(model.metadata_props[at], 'value', other)))
-    with pytest.raises(UserError, match='it takes weights from other files'):
+    with pytest.raises(UserError, match='its weights are in other files'):
         Segmentor(changed(fixed, out, refer_to_another_file))
     with pytest.raises(UserError, match='cannot be run by ONNX Runtime'):
         Segmentor(changed(fixed, out, lambda model: setattr(model.graph.node[0], 'op_type', 'System')))
@@ -258,15 +258,16 @@ def test_foreign_and_damaged_files(fixed, tmp_path):
 @needs_onnx_exporter
 def test_mistakes(checkpoints, fixed, tool_here, tmp_path, monkeypatch):
     command = ('export', TINY_CONFIG, checkpoints['fpn'])
-    assert_user_error(tool_here(*command, '--out', 'x.pb'), 'x.pb: the name', 'ends in .onnx or .pt2')
+    assert_user_error(tool_here(*command, '--out', 'x.pb'), 'x.pb: the file name must end', 'in .onnx or .pt2')
     assert_user_error(tool_here(*command, '--out', 'x.onnx', '--shape', 64, 31), '--shape 64 31: no side')
-    assert_user_error(tool_here(*command, '--out', 'x.onnx', '--verify', 0), 'nothing to compare')
+    nothing = tool_here(*command, '--out', 'x.onnx', '--verify', 0)
+    assert_user_error(nothing, 'no image to compare on: pass --verify 1 or more')
     assert_user_error(tool_here(*command, '--out', 'x.onnx', '--verify', 'x'), 'not a whole number')
     assert_user_error(tool_here(*command, '--out', 'x.onnx', '--labels', '--logits'), 'not allowed with')
     assert_user_error(tool_here(*command, '--out', 'x.onnx', '--images', 'no.jpg'), 'no.jpg: no such file')
     assert_user_error(tool_here('predict', fixed, '--out', 'x'), 'checkpoint')
     assert_user_error(tool_here('predict', TINY_CONFIG, checkpoints['fpn'], '--out', 'x'), 'required: input')
-    with pytest.raises(UserError, match='a config needs a checkpoint'):
+    with pytest.raises(UserError, match='a config needs checkpoint=FILE'):
         Segmentor(TINY_CONFIG)
     with pytest.raises(UserError, match='cannot be exported .RandomFlip with prob'):
         resize_transforms(Config(dict(p=[dict(type='Load'), dict(type='RandomFlip', prob=0.5)])).p)

@@ -12,7 +12,7 @@ from mmseg.structures import SegDataSample
 from support import TINY_CONFIG, peak_bytes
 
 from mmseg_inceptionnext import UserError, optimize_for_inference
-from mmseg_inceptionnext.data.pipeline import RATIOS, pipeline_for_arrays, use_multi_scale
+from mmseg_inceptionnext.data.pipeline import TTA_RATIOS, pipeline_for_arrays, use_multi_scale
 from mmseg_inceptionnext.inference.multi_scale_segmentor import MultiScaleSegmentor, multi_scale_label_map
 from mmseg_inceptionnext.models.build import build_segmentor
 
@@ -111,7 +111,7 @@ def test_is_the_argmax_of_the_mean_probability(scale):
 
 def test_memory_does_not_grow_with_classes_and_views_as_mmsegs_does():
     """150 classes at 512×683, the twelve views of the protocol; mmseg's holds twelve maps of 210 MB."""
-    views = [(round(128 * ratio), round(171 * ratio)) for ratio in RATIOS]
+    views = [(round(128 * ratio), round(171 * ratio)) for ratio in TTA_RATIOS]
     logits = [torch.randn(150, *view) for view in views for _ in range(2)]
     metas = [
         dict(ori_shape=(512, 683), img_shape=(4 * height, 4 * width), flip=flip, flip_direction='horizontal')

@@ -70,7 +70,7 @@ def test_label_maps_without_ground_truth(work_dir, tool, mini_root, tmp_path):
     shutil.copytree(mini_root / 'images' / 'validation', tmp_path / 'data' / 'images' / 'validation')
     process = tool('test', TINY_CONFIG, work_dir / 'iter_3.pth', '--data-root', 'data', '--out', 'labels', '--tta')
     assert process.returncode == 0, process.stderr[-3000:]
-    assert 'there are no figures. Predictions are in labels' in process.stdout.strip().splitlines()[-1]
+    assert 'there are no metrics. Predictions are in labels' in process.stdout.strip().splitlines()[-1]
     assert len(list((tmp_path / 'labels').iterdir())) == 2
 
 
@@ -185,8 +185,11 @@ def test_a_bad_label_met_by_a_worker_is_one_line_too(tool, mini_root, tmp_path):
 @pytest.mark.parametrize(
     ('options', 'said'),
     [
-        (['model.backbone.type=InceptionNext'], "type='InceptionNext' in the config is not the name of a model; Incep"),
-        (['default_hooks.timer.type=Tea'], "type='Tea' in the config is not the name of a hook: correct it"),
+        (
+            ['model.backbone.type=InceptionNext'],
+            "type='InceptionNext' in the config is not a registered model (did you mean Incep",
+        ),
+        (['default_hooks.timer.type=Tea'], "type='Tea' in the config is not a registered hook: correct it"),
         (['model.decode_head.chanels=4'], 'chanels in the config is not an argument of BaseDecodeHead'),
         (['train_dataloader.batchsize=4'], 'batchsize in the config is not an argument of DataLoader'),
     ],

@@ -286,7 +286,7 @@ def test_a_bad_image_in_one_of_two_processes_costs_no_iteration(training, spoilt
 def test_a_named_checkpoint_that_is_damaged_is_not_replaced_but_the_one_before_is_named(tiny_cfg):
     train(deepcopy(tiny_cfg), TrainOptions(seed=5))
     damage(Path(tiny_cfg.work_dir, 'iter_6.pth'), 'truncated')
-    with pytest.raises(UserError, match=r"iter_6\.pth is truncated.*resume=.*iter_3\.pth' is the one before"):
+    with pytest.raises(UserError, match=r"iter_6\.pth is truncated.*try resume=.*iter_3\.pth', the one before"):
         train(deepcopy(tiny_cfg), TrainOptions(resume=str(Path(tiny_cfg.work_dir, 'iter_6.pth'))))
 
 

@@ -20,8 +20,8 @@ from torch import nn
 from mmseg_inceptionnext import UserError
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.config import load_config
+from mmseg_inceptionnext.training.fsdp import ShardedStrategy, check_fsdp
 from mmseg_inceptionnext.training.options import TrainOptions
-from mmseg_inceptionnext.training.strategies import ShardedStrategy, check_fsdp
 from mmseg_inceptionnext.training.train import resume_if_restarted, train
 
 # Without dropout and stochastic depth, of which every process draws its own.
@@ -290,7 +290,7 @@ def test_what_mmengine_does_otherwise_under_fsdp_is_refused(monkeypatch):
         monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', '2')
         check_fsdp(Config(dict(launcher='mpi', optim_wrapper={})))
     model = nn.ModuleDict({'block': nn.ModuleDict({'_fsdp_wrapped_module': nn.ModuleDict({'mlp': nn.Linear(1, 1)})})})
-    with pytest.raises(UserError, match="'block.mlp' reaches into a block"):
+    with pytest.raises(UserError, match="'block.mlp' does not match under FSDP"):
         keys = dict(custom_keys={'mlp': {}, 'block.mlp': {}})
         ShardedStrategy.build_optim_wrapper(None, dict(paramwise_cfg=keys), model)
 

@@ -18,7 +18,7 @@ from mmseg_inceptionnext.files import atomic_write, remove_partial_files
 
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
-    """mmengine's CheckpointHook, which keeps a complete checkpoint on the disk at every moment after the first.
+    """mmengine's CheckpointHook, which always keeps a complete checkpoint on disk, from the first save on.
 
     mmengine removes an old checkpoint before it writes the new one, and writes ``last_checkpoint`` in place. Here the
     new file is written atomically (by :class:`~mmseg_inceptionnext.SafeRunner`), then ``last_checkpoint`` names it,
@@ -57,12 +57,12 @@ class SafeCheckpointHook(CheckpointHook):
         if self._unsaved:
             raise UserError(
                 f'the last iterations are lost: {self.out_dir} cannot be written ({self._unsaved.strerror}); '
-                f'{runner.last_checkpoint}: make room, then start it again with resume=True'
+                f'{runner.last_checkpoint}: free space, then start again with resume=True'
             )
         super().after_train(runner)
 
     def save(self, runner, iteration: int) -> None:
-        """Save a checkpoint outside the intervals, unless there is one of this iteration.
+        """Save a checkpoint now, unless this iteration has one.
 
         A run that counts epochs saves none: mmengine resumes from whole epochs only.
         """
@@ -73,7 +73,7 @@ class SafeCheckpointHook(CheckpointHook):
     def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
         path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step))
         hub, before = runner.message_hub, dict(runner.message_hub.runtime_info)
-        # Before it is saved: they are part of the checkpoint.
+        # Set before saving: they are part of the checkpoint.
         hub.update_info('last_ckpt', path)
         if self.max_keep_ckpts > 0:
             ids = [*(i for i in self.keep_ckpt_ids if i != step), step]
@@ -89,7 +89,7 @@ class SafeCheckpointHook(CheckpointHook):
                     partial.write_text(path)
         except OSError as error:
             failure = error
-        # All ranks know, and try again together: under FSDP each has a part of what is written.
+        # All ranks must agree, to try again together: under FSDP each holds a shard.
         if any_rank(failure is not None):
             _restore(hub, before)
             self._unsaved = failure or OSError(errno.EIO, 'in another process')

@@ -21,17 +21,17 @@ from mmseg_inceptionnext.errors import UserError
 class StopOnNonFiniteLossHook(Hook):
     """Checks every loss between the forward and the backward pass.
 
-    The hook is a forward hook of the model: there the weights are still those of the previous iteration. Running
-    statistics have seen the batch by then, and are restored. When the run stops, that state is saved, except under
-    FSDP, where no rank has all weights.
+    It is a forward hook of the model, so that the weights are still those of the previous iteration. Running
+    statistics, which the batch has already changed, are restored. When the run stops, that state is saved, except
+    under FSDP, where no rank has all weights.
 
     Args:
-        in_a_row: Number of consecutive iterations with a loss that is not finite after which the run stops; the
-            steps of those before are skipped. Default: 1, and 5 in float16, whose range ends at 65504. Steps whose
-            gradients overflow do not count there: the loss scale handles them.
+        in_a_row: Number of consecutive iterations with a non-finite loss after which the run stops; until then, only
+            their optimizer steps are skipped. Default: 1, and 5 in float16, whose range ends at 65504. Overflowing
+            gradients do not count there: the loss scale handles them.
 
     Raises:
-        UserError: Naming the iteration, the losses, the images and the checkpoint to resume from.
+        UserError: The loss is not finite; the message names iteration, losses, images and checkpoint.
     """
 
     def __init__(self, in_a_row: int | None = None):

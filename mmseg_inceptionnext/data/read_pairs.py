@@ -74,7 +74,7 @@ def read_pair(image: str, annotation: str | None) -> Pair:
 
 
 @contextmanager
-def reader(workers: int) -> Iterator[Callable[[list[tuple[str, str | None]]], Iterator[Pair]]]:
+def pair_reader(workers: int) -> Iterator[Callable[[list[tuple[str, str | None]]], Iterator[Pair]]]:
     """Yield a function that applies :func:`read_pair` to a list, in several processes.
 
     Results come in the list's order, and are read a few ahead of their use: memory does not grow with the list.
@@ -85,10 +85,10 @@ def reader(workers: int) -> Iterator[Callable[[list[tuple[str, str | None]]], It
     if workers == 1:
         yield lambda pairs: starmap(read_pair, pairs)
         return
-    # A fork shares what is imported, which takes seconds; elsewhere than on Linux it is not safe.
+    # fork avoids importing again, which takes seconds; it is safe on Linux only.
     context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
     with ProcessPoolExecutor(workers, context, _leave_signals_to_parent) as pool:
-        pool.submit(int).result()  # starts the processes before a progress bar starts a thread, which forks badly
+        pool.submit(int).result()  # fork before a progress bar starts a thread
         yield lambda pairs: _read_in(pool, workers, pairs)
 
 
@@ -147,8 +147,8 @@ def _read_in(pool: ProcessPoolExecutor, workers: int, pairs: list[tuple[str, str
     except BrokenProcessPool as error:
         lost = [image for chunk, future in pending if not future.done() or future.exception() for image, _ in chunk]
         raise UserError(
-            f'a process that reads files was killed, perhaps for want of memory, on one of {", ".join(lost)} or its '
-            'annotation: look at these, or try workers=1'
+            f'a process that reads files was killed, perhaps out of memory, on one of {", ".join(lost)} or its '
+            'annotation: check these files, or try workers=1'
         ) from error
 
 

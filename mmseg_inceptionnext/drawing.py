@@ -16,7 +16,7 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequen
 
     Args:
         image: (H, W, 3) uint8, RGB.
-        labels: (H, W) integers, indices into ``palette``; the image stays as it is at others (unlabelled).
+        labels: (H, W) integers, indices into ``palette``; other values (unlabelled) leave the image as it is.
         palette: RGB of each class, 0 … 255.
         opacity: Opacity of the colours, from 0 to 1.
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from mmseg_inceptionnext.pictures import draw_comparison, draw_overlay
+from mmseg_inceptionnext.drawing import draw_comparison, draw_overlay
 
 PALETTE = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 

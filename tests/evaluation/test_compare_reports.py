@@ -3,7 +3,7 @@ import json
 import pytest
 
 from mmseg_inceptionnext import UserError
-from mmseg_inceptionnext.evaluation.compare import compare_reports, comparison_text, read_report
+from mmseg_inceptionnext.evaluation.compare_reports import compare_reports, comparison_text, read_report
 
 
 def report(miou: float, images=('x/1.jpg',), **ious) -> dict:
@@ -33,13 +33,13 @@ def test_the_same_twice():
 
 
 def test_other_images_are_said():
-    assert 'other images' in comparison_text(
+    assert 'different images' in comparison_text(
         compare_reports(A, report(1, images=('2.jpg',), **dict.fromkeys(A['per_class'], 1.0)))
     )
 
 
 def test_other_classes():
-    with pytest.raises(UserError, match="about other classes, 'moon' is in one only"):
+    with pytest.raises(UserError, match="have different classes, 'moon' is in one only"):
         compare_reports(A, report(1, **dict.fromkeys(A['per_class'], 1.0), moon=2.0))
 
 

@@ -13,7 +13,7 @@ from mmseg_inceptionnext.evaluation.metrics import HEADLINE
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences of report B to report A, in percentage points.
+    """Metrics of report A beside those of report B, in percent.
 
     Attributes:
         headline: ``{'mIoU': (A, B), …}``; None where a report has no figure.
@@ -49,7 +49,7 @@ def read_report(path: str | Path) -> dict:
             raise TypeError('a figure is not a number')
         names = [image['path'] for image in report['images']]
         if not all(isinstance(name, str) for name in names):
-            raise TypeError('a path is not a text')
+            raise TypeError('a path is not a string')
     except OSError as error:
         raise UserError(
             f'no report at {file} ({error.strerror}): `python -m mmseg_inceptionnext test … --report {path}` writes one'
@@ -67,7 +67,7 @@ def compare_reports(a: dict, b: dict) -> Comparison:
     """
     if a['per_class'].keys() != b['per_class'].keys():
         odd = sorted(a['per_class'].keys() ^ b['per_class'].keys())
-        raise UserError(f'the reports are about other classes, {odd[0]!r} is in one only: compare runs on one data set')
+        raise UserError(f'the reports have different classes, {odd[0]!r} is in one only: compare runs on one data set')
     pairs = {name: (a['per_class'][name]['IoU'], b['per_class'][name]['IoU']) for name in a['per_class']}
     known = {name: pair for name, pair in pairs.items() if None not in pair}
     changed = {name: pair for name, pair in known.items() if pair[0] != pair[1]}
@@ -85,7 +85,7 @@ def comparison_text(comparison: Comparison) -> str:
     """Format a comparison as tables: headline, improved, worse, and classes that only one report has."""
     parts = [_table('', comparison.headline)]
     if not comparison.same_images:
-        parts.insert(0, 'The two runs evaluated other images: differences are not of the models alone.')
+        parts.insert(0, 'The two runs evaluated different images: differences are not due to the models alone.')
     better = {name: pair for name, pair in comparison.classes.items() if pair[1] > pair[0]}
     worse = {name: pair for name, pair in reversed(comparison.classes.items()) if pair[1] < pair[0]}
     if better:

@@ -28,16 +28,16 @@ def check_fsdp(cfg: Config) -> None:
         raise UserError(f'{name} divides the model among several processes: start them, see docs/scaling.md')
     if cfg.launcher == 'mpi':  # LOCAL_RANK, which mmengine's strategies read, is not set
         raise UserError(f"{name} runs under launcher='pytorch' or slurm, not mpi: start it by one of them")
-    if cfg.optim_wrapper.get('clip_grad'):  # by the norm of each rank's share
+    if cfg.optim_wrapper.get('clip_grad'):  # mmengine clips by the norm of each rank's shard
         raise UserError(f'{name} cannot clip gradients as the config asks: drop optim_wrapper.clip_grad')
     if cfg.optim_wrapper.get('constructor') or 'flat_decay_mult' in (cfg.optim_wrapper.get('paramwise_cfg') or {}):
-        # Shares are flat, and have other names.
-        raise UserError(f'{name}: optim_wrapper.constructor and flat_decay_mult would see shares of parameters')
+        # Shards are flat, and have other names.
+        raise UserError(f'{name}: optim_wrapper.constructor and flat_decay_mult do not work on shards: drop them')
 
 
 @FUNCTIONS.register_module()
 def is_inceptionnext_block(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    """Decide for FSDP's ``auto_wrap_policy`` that the weights of one block at a time are gathered from the ranks.
+    """Return whether FSDP wraps a module, for its ``auto_wrap_policy``: ranks gather one block at a time.
 
     Stem, down-sampling, neck and heads stay together: FSDP gathers weights for ``forward``, mmseg calls heads by other
     methods, and :class:`~mmseg_inceptionnext.LateUpsampleUPerHead` reads the weights of its layers.
@@ -47,7 +47,7 @@ def is_inceptionnext_block(module: nn.Module, recurse: bool, nonwrapped_numel: i
 
 @STRATEGIES.register_module()
 class ShardedStrategy(FSDPStrategy):
-    """mmengine's FSDPStrategy, whose checkpoints are the same as without FSDP, and load there.
+    """mmengine's FSDPStrategy, whose checkpoints are the same as without FSDP, and load without it.
 
     mmengine's checkpoints under FSDP have names of parameters where optimizers have numbers, lack the loss scale of
     float16, hold tensors with attributes, which only unrestricted unpickling reads, and are loaded with the arguments
@@ -61,7 +61,7 @@ class ShardedStrategy(FSDPStrategy):
         kwargs = {
             'model_wrapper': dict(
                 type='MMFullyShardedDataParallel',
-                use_orig_params=True,  # whose names and settings of weight decay are the config's
+                use_orig_params=True,  # keeps parameter names, which weight decay depends on
                 auto_wrap_policy='is_inceptionnext_block',
                 **(dict(device_id='cpu') if on_cpu else {}),
             ),
@@ -75,7 +75,7 @@ class ShardedStrategy(FSDPStrategy):
         super().__init__(**kwargs)
 
     def build_optim_wrapper(self, optim_wrapper: dict, model: nn.Module) -> BaseOptimWrapper:
-        """Build mmengine's, if FSDP's names of the parameters match the same ``custom_keys`` as the model's own names.
+        """Build the optimizer wrapper; check that ``custom_keys`` match the same parameters as without FSDP.
 
         Raises:
             UserError: One of them does not.
@@ -85,8 +85,8 @@ class ShardedStrategy(FSDPStrategy):
             for key in keys:
                 if (key in name) != (key in name.replace('_fsdp_wrapped_module.', '')):
                     raise UserError(
-                        f"strategy='fsdp': optim_wrapper.paramwise_cfg.custom_keys {key!r} reaches into a block, where "
-                        "mmengine does not find it: name what is behind the block's number"
+                        f"strategy='fsdp': optim_wrapper.paramwise_cfg.custom_keys {key!r} does not match under "
+                        "FSDP, which renames blocks: use only the part after the block's number"
                     )
         return super().build_optim_wrapper(optim_wrapper, model)
 
@@ -96,7 +96,7 @@ class ShardedStrategy(FSDPStrategy):
     def optim_state_dict(self) -> dict:
         optimizer = self.optim_wrapper.optimizer
         named = FSDP.optim_state_dict(self.model, optimizer)
-        if not named:  # only the first process gets it, and writes
+        if not named:  # only rank 0 gets it, and writes
             return {}
         numbered = FSDP.rekey_optim_state_dict(named, OptimStateKeyType.PARAM_ID, self.model, optim=optimizer)
         return {**self.optim_wrapper.state_dict(), **numbered}
