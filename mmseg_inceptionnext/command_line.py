@@ -161,15 +161,14 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print('stopped', file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in DISK_FULL_ERRNOS:
-            raise
-        print(f'error: {error.filename or "a file"} cannot be written: {error.strerror}: free space', file=sys.stderr)
-        sys.exit(2)
     except Exception as error:
-        if not (message := user_error_message(error)):
+        if message := user_error_message(error):
+            message = name_flags(message, _flags)
+        elif isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
+            message = f'{error.filename or "a file"} cannot be written: {error.strerror}: free space'
+        else:
             raise
-        print(f'error: {name_flags(message, _flags)}', file=sys.stderr)
+        print(f'error: {message}', file=sys.stderr)
         sys.exit(2)
 
 

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import Registry
 
 from mmseg_inceptionnext.distributed import check_launcher, rank
-from mmseg_inceptionnext.errors import UserError, one_line
+from mmseg_inceptionnext.errors import MissingFile, UserError, one_line
 
 
 def read_config(path: str | Path) -> Config:
@@ -51,7 +51,7 @@ def find_config(path: str | Path) -> Path:
     if found:
         names = ', '.join(str(p.relative_to(root).with_suffix('')) for p in found)
         raise UserError(f'{path} is the name of several configs: say which of {names}')
-    raise UserError(
+    raise MissingFile(
         f'no config at {path.absolute()}: check the path, or name a shipped one, such as upernet/inceptionnext_t'
     )
 

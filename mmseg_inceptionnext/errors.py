@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 
 
@@ -13,11 +14,30 @@ class UserError(ValueError):
     """
 
 
+# Each of these stands for one of Python's exceptions and derives from it, for other libraries that call our functions.
+
+
+class MissingFile(UserError, FileNotFoundError):
+    """A file that does not exist."""
+
+
+class NoPermission(UserError, PermissionError):
+    """A file that this user may not read."""
+
+
+class MissingPackage(UserError, ImportError):
+    """A package that is not installed."""
+
+
+class BadCheckpoint(UserError, pickle.UnpicklingError, RuntimeError):
+    """A checkpoint that is damaged, or refused; torch raises one of the others for it."""
+
+
 class BadSample(UserError):
     """A file of the data set that cannot be used."""
 
 
-class UnreadableFile(BadSample):
+class UnreadableFile(BadSample, OSError):
     """An image or an annotation that is damaged, missing, or no image at all."""
 
 
@@ -28,7 +48,7 @@ def one_line(error: UserError) -> str:
     breaks and escape codes; they are escaped, so that they do not reach the terminal.
     """
     text = str(error)
-    for kind in (UserError, BadSample, UnreadableFile):
+    for kind in (UserError, *UserError.__subclasses__(), UnreadableFile):
         text = text.rpartition(f'{kind.__name__}: ')[2]
     return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text.strip())
 

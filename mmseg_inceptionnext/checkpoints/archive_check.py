@@ -9,12 +9,12 @@ from io import BufferedIOBase, BytesIO
 from pathlib import Path
 
 from mmseg_inceptionnext.checkpoints.pickle_check import check_archive_pickle, check_legacy_pickles
-from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.errors import BadCheckpoint
 
 
-def refusal(path: Path, why: str) -> UserError:
+def refusal(path: Path, why: str) -> BadCheckpoint:
     """Return the error for a checkpoint that holds more than weights."""
-    return UserError(
+    return BadCheckpoint(
         f'{path} is refused: {why}, which weights do not need. Get the weights as .safetensors or as a '
         'plain state dict; if you know who made the file and trust them, pass trust_checkpoint=True '
         '(trusting_checkpoints() in Python)'

@@ -21,7 +21,9 @@ from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
 from mmseg_inceptionnext.checkpoints.archive_check import check_checkpoint_file, refusal
 from mmseg_inceptionnext.checkpoints.pickle_check import METHODS
-from mmseg_inceptionnext.errors import UserError, first_sentence
+from mmseg_inceptionnext.errors import BadCheckpoint, MissingFile, NoPermission, UserError, first_sentence
+
+MapLocation = Callable | torch.device | str | dict | None  # of torch.load
 
 _trusted = False
 
@@ -42,12 +44,17 @@ def trusting_checkpoints(trusted: bool = True) -> Iterator[None]:
         _trusted = before
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """Read a .pth or .safetensors file onto the CPU without running code from it.
+def read_checkpoint(path: str | Path, map_location: MapLocation = 'cpu', mmap: bool = False) -> dict:
+    """Read a .pth or .safetensors file without running code from it.
 
     Besides tensors of any kind and plain containers, only what mmengine writes into its checkpoints is unpickled: its
     ``HistoryBuffer``, numpy arrays, and functions of its schedulers. Reading takes about as much memory as the file is
     large.
+
+    Args:
+        path: Path of the file.
+        map_location: Argument of ``torch.load``; for .safetensors files, a device.
+        mmap: Leave the tensors of a .pth file on the disk until they are used.
 
     Raises:
         UserError: There is no such file; it is truncated, damaged, of another format or a decompression bomb; or its
@@ -56,25 +63,25 @@ def read_checkpoint(path: str | Path) -> dict:
     path = _existing_file(path)
     try:
         if path.suffix == '.safetensors':
-            checkpoint = safetensors.torch.load_file(path)
+            checkpoint = safetensors.torch.load_file(path, str(map_location or 'cpu'))
         elif _trusted:
-            checkpoint = torch.load(path, map_location='cpu', weights_only=False)
+            checkpoint = torch.load(path, map_location, weights_only=False, mmap=mmap)
         else:
-            checkpoint = _load_checked(path)
+            checkpoint = _load_checked(path, map_location, mmap)
     except UserError:
         raise
     except pickle.UnpicklingError as error:
         forbidden = re.search(r'GLOBAL ([\w.]+)', str(error))
         if forbidden is None:
-            raise UserError(f'{path} is damaged or not a checkpoint: its pickle cannot be read') from error
+            raise BadCheckpoint(f'{path} is damaged or not a checkpoint: its pickle cannot be read') from error
         raise refusal(path, f'it wants to run {forbidden[1].rstrip(".")}') from error
     except PermissionError as error:
-        raise UserError(f'{path} cannot be read: {error.strerror}') from error
+        raise NoPermission(f'{path} cannot be read: {error.strerror}') from error
     except Exception as error:  # zip, pickle, torch, numpy and safetensors raise anything
         reason = f'{type(error).__name__}: {first_sentence(error)}'.removesuffix(': ')
-        raise UserError(f'{path} is truncated, damaged or not a checkpoint ({reason})') from error
+        raise BadCheckpoint(f'{path} is truncated, damaged or not a checkpoint ({reason})') from error
     if not isinstance(checkpoint, dict):
-        raise UserError(f'{path} holds a {type(checkpoint).__name__} where a state dict was expected')
+        raise BadCheckpoint(f'{path} holds a {type(checkpoint).__name__} where a state dict was expected')
     return checkpoint
 
 
@@ -84,20 +91,20 @@ def _existing_file(path: str | Path) -> Path:
         if path.is_file():
             return path
     except (OSError, RuntimeError, ValueError) as error:  # no such user, a name that is too long, a null byte
-        raise UserError(f'{str(path)[:200]} is not a valid path: {first_sentence(error)}') from error
+        raise MissingFile(f'{str(path)[:200]} is not a valid path: {first_sentence(error)}') from error
     if path.exists():
-        raise UserError(f'{path.absolute()} is a directory, a pipe or a device: name a checkpoint')
-    raise UserError(f'no checkpoint at {path.absolute()}: check the path')
+        raise MissingFile(f'{path.absolute()} is a directory, a pipe or a device: name a checkpoint')
+    raise MissingFile(f'no checkpoint at {path.absolute()}: check the path')
 
 
-def _load_checked(path: Path) -> dict:
+def _load_checked(path: Path, map_location: MapLocation, mmap: bool) -> dict:
     statistics = check_checkpoint_file(path)
     allowed = [*_mmengine_globals(), *((_unloaded_statistic, name) for name in statistics)]
     registered = dict(HistoryBuffer._statistics_methods)
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # they come with errors, which say the same
-            return torch.load(path, map_location='cpu', weights_only=True)
+            return torch.load(path, map_location, weights_only=True, mmap=mmap)
     finally:
         # A history registers the statistics of its file in its class, for the whole process.
         HistoryBuffer._statistics_methods.clear()

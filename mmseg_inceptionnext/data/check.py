@@ -12,7 +12,7 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
 from mmseg_inceptionnext.data.pipeline import leaf_datasets
-from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.errors import MissingFile, UserError
 
 _HOW_TO_GET = (
     'pass data_root=DIR, or unpack ADEChallengeData2016.zip (http://sceneparsing.csail.mit.edu) there; '
@@ -58,13 +58,13 @@ def open_dataset(dataset_cfg: dict) -> BaseSegDataset:
     if root := dataset_cfg.get('data_root'):
         root = Path(root)
         if not root.is_dir():
-            raise UserError(f'no data set at {root.absolute()}: {_HOW_TO_GET}')
+            raise MissingFile(f'no data set at {root.absolute()}: {_HOW_TO_GET}')
     dataset = DATASETS.build(dict(dataset_cfg, pipeline=[], lazy_init=True))
     for folder in (dataset.data_prefix.get(key) for key in ('img_path', 'seg_map_path')):
         if folder and not Path(folder).is_dir():
-            raise UserError(f'no folder {Path(folder).absolute()} in the data set: {_HOW_TO_GET}')
+            raise MissingFile(f'no folder {Path(folder).absolute()} in the data set: {_HOW_TO_GET}')
     if dataset.ann_file and not Path(dataset.ann_file).exists():
-        raise UserError(f'no list of images at {Path(dataset.ann_file).absolute()}: correct ann_file')
+        raise MissingFile(f'no list of images at {Path(dataset.ann_file).absolute()}: correct ann_file')
     return dataset
 
 
@@ -76,7 +76,7 @@ def list_samples(dataset: BaseSegDataset) -> list[dict]:
     """
     samples = dataset.load_data_list()
     if not samples:
-        raise UserError(f'no *{dataset.img_suffix} image in {Path(dataset.data_prefix["img_path"]).absolute()}')
+        raise MissingFile(f'no *{dataset.img_suffix} image in {Path(dataset.data_prefix["img_path"]).absolute()}')
     return samples
 
 

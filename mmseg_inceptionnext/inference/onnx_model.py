@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
-from mmseg_inceptionnext.errors import UserError, first_sentence
+from mmseg_inceptionnext.errors import MissingPackage, UserError, first_sentence
 from mmseg_inceptionnext.inference.label_map_segmentor import label_map
 from mmseg_inceptionnext.labels import Classes
 
@@ -39,7 +39,7 @@ def import_onnx(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError as error:
-        raise UserError(f'.onnx files need {name}: pip install mmseg-inceptionnext[onnx]') from error
+        raise MissingPackage(f'.onnx files need {name}: pip install mmseg-inceptionnext[onnx]') from error
 
 
 @dataclass(frozen=True)

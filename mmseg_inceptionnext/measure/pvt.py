@@ -71,7 +71,7 @@ class PVT(BaseModule):
         super().__init__(init_cfg)
         if arch not in DEPTHS:
             raise UserError(f'unknown arch {arch!r}: choose from {", ".join(map(repr, DEPTHS))}')
-        rates = iter(torch.linspace(0, drop_path_rate, sum(DEPTHS[arch])).tolist())
+        rates = iter(torch.linspace(0, drop_path_rate, sum(DEPTHS[arch]), device='cpu').tolist())
         self.stages = nn.ModuleList(
             Stage(
                 (3, *_CHANNELS)[i],

@@ -6,9 +6,12 @@ Read from top to bottom: token mixer, MLP, block, stage, network. Section, table
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
+import mmengine
 import torch
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
@@ -102,16 +105,29 @@ class InceptionNeXtStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         for block in self.blocks:
-            x = _checkpointed(block, x) if self.with_cp and x.requires_grad else block(x)
+            if not torch.jit.is_scripting() and self.with_cp and x.requires_grad:
+                x = _checkpointed(block, x)
+            else:
+                x = block(x)
         return x
 
 
 def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
     """Compute ``block(x)``; its activations are recomputed in the backward pass.
 
-    The recomputation runs every BatchNorm a second time, but its running statistics must count the batch once.
+    The recomputation runs every BatchNorm a second time, but its running statistics must count the batch once. A
+    compiler, which takes no context, updates them once by itself. A trace has no backward pass to save memory in.
     """
-    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(block)))
+    if torch.jit.is_tracing():
+        return block(x)
+    if torch.compiler.is_compiling():
+        return checkpoint(block, x, use_reentrant=False)
+    contexts = partial(_recomputation_contexts, block)
+    return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+
+
+def _recomputation_contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _frozen_statistics(block)
 
 
 @contextmanager
@@ -129,6 +145,7 @@ def _frozen_statistics(module: nn.Module) -> Iterator[None]:
             norm.num_batches_tracked.copy_(count)
 
 
+@mmengine.registry.MODELS.register_module()  # where mmdet and mmpretrain look as well
 @MODELS.register_module()
 class InceptionNeXt(BaseModule):
     """InceptionNeXt (Sec. 3.3, Table 3), returning the feature maps of several stages.
@@ -139,7 +156,7 @@ class InceptionNeXt(BaseModule):
         in_channels: Channels of the input image.
         drop_path_rate: Stochastic depth rate of the last block; it rises linearly from 0 over all blocks (Table 10).
         layer_scale_init_value: Initial value of γ, above 0.
-        out_indices: Stages whose output is returned, ascending. Later stages are not built.
+        out_indices: Stages whose output is returned, ascending; -1 is the last. Later stages are not built.
         norm_cfg: Type and arguments of every normalisation layer; a kind of BatchNorm.
         out_norm: Give each returned map a norm of its own (``norm0`` … ``norm3``), as the paper's author did for
             segmentation. ImageNet checkpoints do not have them; they start as the identity.
@@ -179,7 +196,7 @@ class InceptionNeXt(BaseModule):
         super().__init__(init_cfg)
         arch = resolve_arch(arch)
         depths, channels, mlp_ratios = arch['depths'], arch['channels'], arch['mlp_ratios']
-        _check_out_indices(out_indices, len(depths))
+        out_indices = _check_out_indices(out_indices, len(depths))
         if not 0 <= drop_path_rate < 1:
             raise UserError(f'drop_path_rate={drop_path_rate} must be at least 0 and below 1')
         if not layer_scale_init_value > 0:
@@ -188,7 +205,7 @@ class InceptionNeXt(BaseModule):
             raise UserError(f'frozen_stages={frozen_stages} must be from -1 (none) to {len(depths)} (all)')
 
         self.in_channels = in_channels
-        self.out_indices = tuple(out_indices)
+        self.out_indices = out_indices
         self.out_channels = tuple(channels[i] for i in self.out_indices)
         self.strides = tuple(4 * 2**i for i in self.out_indices)
         self.frozen_stages = frozen_stages
@@ -198,7 +215,7 @@ class InceptionNeXt(BaseModule):
             nn.Conv2d(in_channels, channels[0], kernel_size=4, stride=4),
             build_norm_layer(norm_cfg, channels[0])[1],
         )
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist())
         self.stages = nn.Sequential()
         for i in range(self.out_indices[-1] + 1):
             self.stages.append(
@@ -252,6 +269,26 @@ class InceptionNeXt(BaseModule):
                     module.eval()
         return self
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Switch activation checkpointing on or off, as timm's models do; see ``with_cp``."""
+        for stage in self.stages:
+            stage.with_cp = enable
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Return the depth of a parameter's layer and the number of layers, for mmpretrain's layer-wise decay.
+
+        The stem is layer 0, each block the next one, together with the down-sampling before it, and out-norms and all
+        that is not of the backbone (whose names begin with ``prefix``) are the last.
+        """
+        depths = [len(stage.blocks) for stage in self.stages]
+        last = sum(depths) + 1
+        name = param_name.removeprefix(prefix) if param_name.startswith(prefix) else ''
+        if name.startswith('stem.'):
+            return 0, last + 1
+        if match := re.match(r'stages\.(\d+)\.(?:downsample|blocks\.(\d+))\.', name):
+            return sum(depths[: int(match[1])]) + int(match[2] or 0) + 1, last + 1
+        return last, last + 1
+
     def _freeze_stages(self) -> None:
         frozen = [self.stem, *self.stages[: self.frozen_stages]] if self.frozen_stages >= 0 else []
         for module in frozen:
@@ -259,8 +296,11 @@ class InceptionNeXt(BaseModule):
             module.requires_grad_(False)
 
 
-def _check_out_indices(out_indices: tuple[int, ...], num_stages: int) -> None:
-    if not out_indices or not set(out_indices) <= set(range(num_stages)):
+def _check_out_indices(out_indices: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
+    """Return stages counted from the first, once they are known to be some and to ascend."""
+    indices = tuple(i + num_stages if -num_stages <= i < 0 else i for i in out_indices)
+    if not indices or not set(indices) <= set(range(num_stages)):
         raise UserError(f'out_indices={tuple(out_indices)} must name stages from 0 to {num_stages - 1}')
-    if list(out_indices) != sorted(set(out_indices)):
+    if list(indices) != sorted(set(indices)):
         raise UserError(f'out_indices={tuple(out_indices)} must ascend: feature maps come in the order of the stages')
+    return indices

@@ -10,10 +10,9 @@ from mmseg.models.decode_heads import UPerHead
 from mmseg.models.utils import resize
 from mmseg.registry import MODELS
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mmseg_inceptionnext.models.interpolation import shifted_interpolation, source_band
-from mmseg_inceptionnext.models.winograd import WinogradConv2d, conv2d_3x3
+from mmseg_inceptionnext.models.winograd import WinogradConv2d, conv2d_3x3, custom_functions_work
 
 
 @MODELS.register_module()
@@ -46,8 +45,9 @@ class LateUpsampleUPerHead(UPerHead):
         )
 
     def _forward_feature(self, inputs: list[Tensor]) -> Tensor:
-        # The matrix products below take the channels of a pixel as a row.
-        inputs = [x.contiguous(memory_format=torch.channels_last) for x in self._transform_inputs(inputs)]
+        inputs = self._transform_inputs(inputs)
+        if custom_functions_work():  # whose matrix products take the channels of a pixel as a row
+            inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
         maps = [lateral_conv(x) for lateral_conv, x in zip(self.lateral_convs, inputs[:-1], strict=True)]
         maps.append(self.psp_forward(inputs))
         for i in range(len(maps) - 1, 0, -1):
@@ -99,8 +99,11 @@ class LateUpsampleConv2d(nn.Conv2d):
         return late
 
     def _conv_forward(self, maps: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-        weights = weight.split(self.map_channels, dim=1)
         size = maps[0].shape[2:]
+        if not custom_functions_work():
+            x = torch.cat([_up_sample(x, size, self.align_corners) for x in maps], dim=1)
+            return F.conv2d(x, weight, bias, padding=1)
+        weights = weight.split(self.map_channels, dim=1)
         small = [i for i, x in enumerate(maps) if x.shape[2:].numel() < size.numel()]
         large = [i for i in range(len(maps)) if i not in small]
         out = conv2d_3x3(
@@ -184,8 +187,14 @@ class _AddUpSampled(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # in operations that can be differentiated again
+            grads = []
+            for shape in ctx.shapes[::3]:
+                r, c = _shifted_interpolations(grad.new_empty(shape[-2:]), grad, ctx.align_corners)
+                taps = torch.einsum('jxw,noyx->njoyw', c, grad)
+                grads += torch.einsum('iyh,njoyw->nijohw', r, taps).flatten(2, 3).unbind(1)
+            return grad, None, *grads
         grad = grad.contiguous(memory_format=torch.channels_last)
         like_grad = dict(dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
         grads = [torch.empty(shape, **like_grad).zero_() for shape in ctx.shapes]

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
+from torch.nn.grad import conv2d_weight
 
 # F(2×2, 3×3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv:1509.09308), Sec. 4.1.
 _G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
@@ -44,11 +45,17 @@ def conv2d_3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and x.shape[2] * x.shape[3] >= 16 * 16
         and not torch.is_autocast_enabled('cpu')
         and not torch.compiler.is_compiling()
+        and custom_functions_work()
     )
     if not worthwhile:
         return F.conv2d(x, weight, bias, padding=1)
     out = _Winograd.apply(x, weight)
     return out if bias is None else out + bias[:, None, None]
+
+
+def custom_functions_work() -> bool:
+    """Return whether autograd functions of our own can run: not in torch.jit.trace, torch.func or forward-mode AD."""
+    return not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 class WinogradConv2d(nn.Conv2d):
@@ -72,9 +79,11 @@ class _Winograd(torch.autograd.Function):
         return convolve(x, transform_weight(weight))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # in operations that can be differentiated again
+            grad_weight = conv2d_weight(x, weight.shape, grad, padding=1)
+            return F.conv_transpose2d(grad, weight, padding=1), grad_weight
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = convolve(grad, transform_weight(weight.transpose(0, 1).flip(2, 3)))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from mmseg.models.decode_heads import UPerHead
 from support import relative_error
 from torch import nn
+from torch.autograd import forward_ad
 
 from mmseg_inceptionnext import LateUpsampleUPerHead
 from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleConv2d
@@ -144,3 +145,43 @@ def test_one_layer_on_its_own_against_the_definition():
         up_sampled = [F.interpolate(x, (11, 13), mode='bilinear') for x in maps]
         expected = F.conv2d(torch.cat(up_sampled, 1), conv.weight, conv.bias, padding=1)
         assert (conv(maps) - expected).abs().max() < 1e-12
+
+
+def by_transforms(head: nn.Module, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What torch's transforms make of a head: each needs derivatives of its operations, or their names."""
+
+    class Traceable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = head
+
+        def forward(self, *maps):
+            return self.head(list(maps))
+
+    def objective(first: torch.Tensor) -> torch.Tensor:
+        return head([first, *inputs[1:]]).pow(2).sum()
+
+    ones = [torch.ones_like(x) for x in inputs]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    grads = torch.autograd.grad(head(leaves).pow(2).sum(), leaves, create_graph=True)
+    with forward_ad.dual_level():
+        dual = head([forward_ad.make_dual(x, one) for x, one in zip(inputs, ones, strict=True)])
+        tangent = forward_ad.unpack_dual(dual).tangent
+    return {
+        'trace': torch.jit.trace(Traceable(), tuple(torch.rand_like(x) for x in inputs))(*inputs),
+        'double backward': torch.autograd.grad(sum(grad.pow(2).sum() for grad in grads), leaves[1])[0],
+        'forward mode': tangent,
+        'jvp': torch.func.jvp(lambda *maps: head(list(maps)), tuple(inputs), tuple(ones))[1],
+        'vmap': torch.vmap(lambda *maps: head([x[None] for x in maps])[0])(*inputs),
+        'func.grad': torch.func.grad(objective)(inputs[0]),
+        'forward over reverse': torch.func.jvp(torch.func.grad(objective), (inputs[0],), (ones[0],))[1],
+    }
+
+
+@pytest.mark.parametrize('align_corners', [False, True])
+def test_torchs_transforms_take_it_as_they_take_upernets_head(align_corners):
+    plain, late = (head.eval().double() for head in pair(align_corners=align_corners))
+    inputs = features(STRIDED)
+    expected, results = by_transforms(plain, inputs), by_transforms(late, inputs)
+    for name, result in results.items():
+        assert relative_error(result, expected[name]) < 1e-9, name

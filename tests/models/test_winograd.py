@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support import relative_error
 
 from mmseg_inceptionnext.models import winograd
 from mmseg_inceptionnext.models.winograd import conv2d_3x3, convolve, transform_weight
@@ -57,3 +58,20 @@ def test_what_it_leaves_to_torch():
         assert (
             conv2d_3x3(torch.randn(1, CHANNELS, 16, 16), torch.randn(CHANNELS, CHANNELS, 3, 3)).dtype == torch.bfloat16
         )
+
+
+def test_it_can_be_differentiated_twice_and_transformed():
+    x, weight = torch.randn(1, CHANNELS, 18, 17), torch.randn(CHANNELS, CHANNELS, 3, 3) / 50
+
+    def second_derivative(convolution) -> torch.Tensor:
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+        grads = torch.autograd.grad(convolution(*leaves).pow(2).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(grad.pow(2).sum() for grad in grads), leaves[1])[0]
+
+    def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, weight, padding=1)
+
+    assert relative_error(second_derivative(conv2d_3x3), second_derivative(plain)) < 1e-4
+    tangents = torch.ones_like(x), torch.ones_like(weight)
+    results, expected = (torch.func.jvp(function, (x, weight), tangents) for function in (conv2d_3x3, plain))
+    torch.testing.assert_close(results, expected)

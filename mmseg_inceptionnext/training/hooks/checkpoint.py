@@ -11,6 +11,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 from mmseg.registry import HOOKS
 
+from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.distributed import any_rank
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.files import atomic_write, remove_partial_files
@@ -46,6 +47,7 @@ class SafeCheckpointHook(CheckpointHook):
         self._read_best_from_hub(runner)
 
         self._unsaved: OSError | None = None
+        self._is_read_back = False
         if runner.resumed_from:
             self.last_ckpt = runner.resumed_from
         if is_main_process():
@@ -99,6 +101,12 @@ class SafeCheckpointHook(CheckpointHook):
             )
             return
         self._unsaved, self.last_ckpt = None, path
+        if not self._is_read_back and is_main_process():
+            self._is_read_back = True
+            try:
+                read_checkpoint(path, mmap=True)
+            except UserError as error:
+                runner.logger.error(f'The checkpoint that this run saves could not be resumed from: {error}')
         if self.max_keep_ckpts > 0:
             self.keep_ckpt_ids = deque(ids, self.max_keep_ckpts)
             for outdated in ids[: -self.max_keep_ckpts]:
