@@ -26,6 +26,7 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
 
 from mmseg_inceptionnext.checkpoints.mmengine_loaders import replace_mmengine_loaders
 from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
+from mmseg_inceptionnext.data.pipeline import MultiScaleTest
 from mmseg_inceptionnext.data.transforms import CheckAnnotation, ReadImage
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.evaluation.metrics import ConfusionMetric, PerClassIoUMetric
@@ -59,6 +60,7 @@ __all__ = [
     'InceptionNeXt',
     'LabelMapSegmentor',
     'LateUpsampleUPerHead',
+    'MultiScaleTest',
     'OverlayHook',
     'PerClassIoUMetric',
     'ReadImage',

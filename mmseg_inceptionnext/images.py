@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from mmengine.fileio import LocalBackend, get_file_backend
 from PIL import Image, ImageOps
 
 from mmseg_inceptionnext.errors import UnreadableFile
@@ -12,7 +14,18 @@ from mmseg_inceptionnext.errors import UnreadableFile
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm', '.pgm', '.jp2')
 
 
-def read_image(source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+def local_or_content(path: str, backend_args: dict | None = None) -> str | BytesIO:
+    """Return the path of a local file as it is, and the content of one in another storage.
+
+    Args:
+        path: Path of the file.
+        backend_args: Argument of ``mmengine.fileio.get_file_backend``, which otherwise goes by the path's prefix.
+    """
+    backend = get_file_backend(path, backend_args=backend_args, enable_singleton=True)
+    return path if isinstance(backend, LocalBackend) else BytesIO(backend.get(path))
+
+
+def read_image(source: str | Path | BytesIO | Image.Image | np.ndarray) -> np.ndarray:
     """Read an image file, a PIL image or an array as RGB.
 
     EXIF orientation is applied; grey, palette, CMYK and 16-bit images become 8-bit RGB, alpha is dropped, and the first
@@ -20,7 +33,8 @@ def read_image(source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     one.
 
     Args:
-        source: Path of an image; a PIL image of any mode; or an array of RGB (H, W, 3) or grey (H, W) values, uint8.
+        source: Path or content of an image file; a PIL image of any mode; or an array of RGB (H, W, 3) or grey (H, W)
+            values, uint8.
 
     Returns:
         (H, W, 3) uint8, RGB; an array that was given is copied.
@@ -37,9 +51,9 @@ def read_image(source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
         return _not_empty(pixels)
     if isinstance(source, Image.Image):
         return _not_empty(_pixels(source))
-    if not isinstance(source, (str, Path)):
+    if not isinstance(source, (str, Path, BytesIO)):
         raise TypeError(f'expected a path, a PIL image or an array, got {type(source).__name__}')
-    if Path(source).exists() and not Path(source).is_file():
+    if not isinstance(source, BytesIO) and Path(source).exists() and not Path(source).is_file():
         raise UnreadableFile(f'{source}: a directory, a pipe or a device, not a file')
     try:
         with Image.open(source) as image:

@@ -7,6 +7,7 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='SafeCheckpointHook', by_epoch=False, interval=4000, max_keep_ckpts=2, save_best='mIoU'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
+    visualization=dict(type='SegVisualizationHook'),  # draws nothing, unless mmseg's test.py --show-dir asks it to
 )
 custom_hooks = [
     dict(type='SeedIterationHook'),
@@ -18,10 +19,11 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'),
 )
-# Without a name: mmengine would hand the visualizer of one run to the next in the same process.
 visualizer = dict(
     type='SegLocalVisualizer',
+    name='visualizer',
     vis_backends=[dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')],
 )
+tta_model = dict(type='SegTTAModel')  # of mmseg's test.py --tta; ours needs less memory
 log_processor = dict(by_epoch=False)
 log_level = 'INFO'

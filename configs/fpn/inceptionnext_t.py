@@ -23,5 +23,6 @@ test_pipeline = [
     dict(type='CheckAnnotation', num_classes={{_base_.num_classes}}),
     dict(type='PackSegInputs'),
 ]
+tta_pipeline = [dict(type='MultiScaleTest', pipeline=test_pipeline)]  # of mmseg's test.py --tta
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import mmengine
+from mmengine import fileio
 from mmengine.config import Config
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
@@ -55,16 +55,16 @@ def open_dataset(dataset_cfg: dict) -> BaseSegDataset:
     Raises:
         UserError: Its root, one of its folders or its list of images does not exist.
     """
-    if root := dataset_cfg.get('data_root'):
-        root = Path(root)
-        if not root.is_dir():
-            raise MissingFile(f'no data set at {root.absolute()}: {_HOW_TO_GET}')
+    backend = dict(backend_args=dataset_cfg.get('backend_args'))
+    root = dataset_cfg.get('data_root')
+    if root and not fileio.isdir(root, **backend):
+        raise MissingFile(f'no data set at {_shown(root)}: {_HOW_TO_GET}')
     dataset = DATASETS.build(dict(dataset_cfg, pipeline=[], lazy_init=True))
     for folder in (dataset.data_prefix.get(key) for key in ('img_path', 'seg_map_path')):
-        if folder and not Path(folder).is_dir():
-            raise MissingFile(f'no folder {Path(folder).absolute()} in the data set: {_HOW_TO_GET}')
-    if dataset.ann_file and not Path(dataset.ann_file).exists():
-        raise MissingFile(f'no list of images at {Path(dataset.ann_file).absolute()}: correct ann_file')
+        if folder and not fileio.isdir(folder, **backend):
+            raise MissingFile(f'no folder {_shown(folder)} in the data set: {_HOW_TO_GET}')
+    if dataset.ann_file and not fileio.exists(dataset.ann_file, **backend):
+        raise MissingFile(f'no list of images at {_shown(dataset.ann_file)}: correct ann_file')
     return dataset
 
 
@@ -76,14 +76,15 @@ def list_samples(dataset: BaseSegDataset) -> list[dict]:
     """
     samples = dataset.load_data_list()
     if not samples:
-        raise MissingFile(f'no *{dataset.img_suffix} image in {Path(dataset.data_prefix["img_path"]).absolute()}')
+        raise MissingFile(f'no *{dataset.img_suffix} image in {_shown(dataset.data_prefix["img_path"])}')
     return samples
 
 
 def list_annotations(dataset: BaseSegDataset) -> set[str]:
     """List the paths of all files in a data set's folder of annotations, in the form of ``seg_map_path``."""
     folder = dataset.data_prefix.get('seg_map_path')
-    names = mmengine.list_dir_or_file(folder, list_dir=False, suffix='', recursive=True) if folder else ()
+    listed = dict(list_dir=False, suffix='', recursive=True, backend_args=dataset.backend_args)
+    names = fileio.list_dir_or_file(folder, **listed) if folder else ()
     return {os.path.join(folder, name) for name in names}
 
 
@@ -96,3 +97,8 @@ def head_faults(model_cfg: dict, num_classes: int) -> Iterator[str]:
                 yield (
                     f'model.{name}.num_classes is {head.get("num_classes")}, but the data set has {num_classes} classes'
                 )
+
+
+def _shown(path: str) -> str:
+    """Return an absolute path; that of another storage as it is."""
+    return path if '://' in path else str(Path(path).absolute())

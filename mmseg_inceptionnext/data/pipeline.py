@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from mmcv.transforms import BaseTransform, Compose
+from mmengine import fileio
+from mmseg.registry import TRANSFORMS
 
 from mmseg_inceptionnext.errors import UserError
 
@@ -26,9 +28,9 @@ def missing_ground_truth(dataset_cfg: dict) -> str | None:
         folder = leaf.get('data_prefix', {}).get('seg_map_path')
         if folder is None:
             return 'the config names no seg_map_path'
-        path = Path(leaf.get('data_root') or '', folder)
-        if not path.is_dir():
-            return f'there is no folder {path.absolute()}'
+        path = fileio.join_path(leaf.get('data_root') or '', folder)
+        if not fileio.isdir(path, backend_args=leaf.get('backend_args')):
+            return f'there is no folder {path}'
     return None
 
 
@@ -40,30 +42,53 @@ def remove_ground_truth(dataset_cfg: dict) -> None:
 
 
 def use_multi_scale(dataset_cfg: dict) -> None:
-    """Change a test pipeline to views at its scale times :data:`TTA_RATIOS` and their mirror images, in place.
-
-    mmseg's own ``tta_pipeline`` scales the original image instead, whatever its size.
+    """Put a :class:`MultiScaleTest` around every test pipeline inside a config, in place.
 
     Raises:
-        UserError: The pipeline has no Resize to one scale.
+        UserError: A pipeline has no Resize to one scale.
     """
     for leaf in leaf_datasets(dataset_cfg):
-        at = next((i for i, t in enumerate(leaf.pipeline) if t.type == 'Resize'), None)
-        scale = leaf.pipeline[at].get('scale') if at is not None else None
-        if not isinstance(scale, (tuple, list)):
-            raise UserError('tta=True multiplies the scale of the Resize in the test pipeline, which has none: add one')
-        resize = leaf.pipeline[at]
-        before, after = leaf.pipeline[:at], leaf.pipeline[at + 1 :]
-        # The ground truth keeps its orientation, so it is loaded after the flip.
-        sizes = [t for t in after if 'Resize' in t.type]
-        rest = [t for t in after if 'Resize' not in t.type]
-        views = [
-            [dict(resize, scale=tuple(int(side * ratio) for side in scale)) for ratio in TTA_RATIOS],
-            *([transform] for transform in sizes),
-            [dict(type='RandomFlip', prob=probability, direction='horizontal') for probability in (0.0, 1.0)],
-            *([transform] for transform in rest),
-        ]
-        leaf.pipeline = [*before, dict(type='TestTimeAug', transforms=views)]
+        _multi_scale_views(leaf.pipeline)
+        leaf.pipeline = [dict(type='MultiScaleTest', pipeline=leaf.pipeline)]
+
+
+@TRANSFORMS.register_module()
+class MultiScaleTest(BaseTransform):
+    """Makes views of an image from a plain test pipeline: its scale times :data:`TTA_RATIOS`, and their mirror images.
+
+    The result is that of mmcv's TestTimeAug. mmseg's own ``tta_pipeline`` scales the original image instead, whatever
+    its size.
+
+    Args:
+        pipeline: A test pipeline with a Resize to one scale.
+
+    Raises:
+        UserError: It has none.
+    """
+
+    def __init__(self, pipeline: list[dict]):
+        loading, views = _multi_scale_views(pipeline)
+        self.pipeline = Compose([*loading, dict(type='TestTimeAug', transforms=views)])
+
+    def transform(self, results: dict) -> dict:
+        return self.pipeline(results)
+
+
+def _multi_scale_views(pipeline: list[dict]) -> tuple[list[dict], list[list[dict]]]:
+    """Return the transforms before the Resize, and those from it on as the argument of mmcv's TestTimeAug."""
+    at = next((i for i, t in enumerate(pipeline) if t['type'] == 'Resize'), None)
+    scale = pipeline[at].get('scale') if at is not None else None
+    if not isinstance(scale, (tuple, list)):
+        raise UserError('tta=True multiplies the scale of the Resize in the test pipeline, which has none: add one')
+    # The ground truth keeps its orientation, so it is loaded after the flip.
+    sizes = [t for t in pipeline[at + 1 :] if 'Resize' in t['type']]
+    rest = [t for t in pipeline[at + 1 :] if 'Resize' not in t['type']]
+    return pipeline[:at], [
+        [dict(pipeline[at], scale=tuple(int(side * ratio) for side in scale)) for ratio in TTA_RATIOS],
+        *([transform] for transform in sizes),
+        [dict(type='RandomFlip', prob=probability, direction='horizontal') for probability in (0.0, 1.0)],
+        *([transform] for transform in rest),
+    ]
 
 
 def pipeline_for_arrays(pipeline: list[dict]) -> list[dict]:

@@ -10,8 +10,8 @@ from mmcv.transforms import BaseTransform
 from mmseg.registry import TRANSFORMS
 from PIL import Image
 
-from mmseg_inceptionnext.errors import BadSample, UnreadableFile
-from mmseg_inceptionnext.images import read_image
+from mmseg_inceptionnext.errors import BadSample, UnreadableFile, UserError
+from mmseg_inceptionnext.images import local_or_content, read_image
 from mmseg_inceptionnext.labels import IGNORE_INDEX
 
 # LoadAnnotations squeezes what it reads.
@@ -20,17 +20,44 @@ THIN_FAULT = 'is one pixel wide or high: correct the annotation'
 
 @TRANSFORMS.register_module()
 class ReadImage(BaseTransform):
-    """mmseg's LoadImageFromFile for local files, which uses :func:`~mmseg_inceptionnext.images.read_image`.
+    """mmseg's LoadImageFromFile, which uses :func:`~mmseg_inceptionnext.images.read_image`.
 
     OpenCV, which mmseg uses, fills the missing part of a truncated JPEG with grey and reports nothing. The pixels of
     undamaged files are the same.
 
+    Args:
+        to_float32, ignore_empty, backend_args: Arguments of LoadImageFromFile.
+        color_type, imdecode_backend: Arguments of LoadImageFromFile; only 'color' images are read, whose pixels are the
+            same from 'cv2' and 'pillow'.
+
     Raises:
+        UserError: An argument has another value.
         UnreadableFile: The image cannot be read.
     """
 
-    def transform(self, results: dict) -> dict:
-        image = cv2.cvtColor(read_image(results['img_path']), cv2.COLOR_RGB2BGR)
+    def __init__(self, to_float32: bool = False, color_type: str = 'color', imdecode_backend: str = 'pillow',
+                 ignore_empty: bool = False, backend_args: dict | None = None):  # fmt: skip
+        for name, value, known in (
+            ('color_type', color_type, ('color',)), ('imdecode_backend', imdecode_backend, ('pillow', 'cv2')),
+        ):  # fmt: skip
+            if value not in known:
+                raise UserError(f'ReadImage: {name}={value!r} is not one of {known}: take LoadImageFromFile')
+        self.to_float32, self.ignore_empty, self.backend_args = to_float32, ignore_empty, backend_args
+
+    def __repr__(self) -> str:
+        settings = (f'{name}={value!r}' for name, value in vars(self).items())
+        return f'{type(self).__name__}({", ".join(settings)})'
+
+    def transform(self, results: dict) -> dict | None:
+        try:
+            image = read_image(local_or_content(results['img_path'], self.backend_args))
+        except (UnreadableFile, OSError):
+            if self.ignore_empty:
+                return None
+            raise
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+        if self.to_float32:
+            image = image.astype(np.float32)
         shape = image.shape[:2]
         if 1 in shape and results.get('seg_map_path'):  # LoadAnnotations squeezes its annotation
             raise UnreadableFile(f'{results["img_path"]} is {shape[1]}×{shape[0]}: too thin to be trained or tested on')
@@ -46,17 +73,23 @@ class CheckAnnotation(BaseTransform):
 
     Args:
         num_classes: Labels 0 … num_classes - 1 are valid, and 255 is ignored.
+        backend_args: Argument of LoadAnnotations.
 
     Raises:
         BadSample: It has several channels, another size than its image, or an invalid label.
     """
 
-    def __init__(self, num_classes: int):
-        self.num_classes = num_classes
+    def __init__(self, num_classes: int, backend_args: dict | None = None):
+        self.num_classes, self.backend_args = num_classes, backend_args
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}(num_classes={self.num_classes}, backend_args={self.backend_args})'
 
     def transform(self, results: dict) -> dict:
         labels, path = results['gt_seg_map'], results['seg_map_path']
-        with Image.open(path) as stored:  # LoadAnnotations has cast it to 8 bits, whatever it was
+        with Image.open(
+            local_or_content(path, self.backend_args)
+        ) as stored:  # LoadAnnotations has cast it to 8 bits, whatever it was
             if fault := depth_fault(stored):
                 raise BadSample(f'{path} {fault}')
         if labels.ndim < 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +12,11 @@ from pathlib import Path
 import torch
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, FlexibleRunner, Runner, ValLoop
+from mmengine.visualization import Visualizer
 from mmseg.registry import HOOKS, LOOPS, RUNNERS
 from torch import nn
 from torch.utils.data import DataLoader
@@ -140,7 +143,9 @@ class FaultTolerantMixin:
         Raises:
             OSError: It cannot be written.
         """
-        if '://' in str(out_dir) or not is_main_process():
+        arguments = inspect.signature(super().save_checkpoint).bind(out_dir, filename, *args, **kwargs).arguments
+        backend = get_file_backend(str(out_dir), backend_args=arguments.get('backend_args'))
+        if not isinstance(backend, LocalBackend) or not is_main_process():
             # Object stores are atomic; and the other ranks write nothing, but may hold a shard of the weights.
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
         else:
@@ -179,8 +184,15 @@ class FaultTolerantMixin:
         """Build the training loop; if one rank gets no data, all stop together."""
         loop = super().build_train_loop(loop)
         disable_sigchld_handler()  # mmengine 0.10.7 has started the workers by now
-        loop.dataloader_iterator = _CommonBatches(loop.dataloader_iterator, self)
+        if hasattr(loop, 'dataloader_iterator'):  # a loop over epochs takes the data loader itself
+            loop.dataloader_iterator = _CommonBatches(loop.dataloader_iterator, self)
         return loop
+
+    def build_visualizer(self, visualizer: dict | Visualizer | None = None) -> Visualizer:
+        """Build mmengine's under the run's own name: under a fixed one, the next run in this process would get it."""
+        if isinstance(visualizer, dict):
+            visualizer = {key: value for key, value in visualizer.items() if key != 'name'}
+        return super().build_visualizer(visualizer)
 
     def build_val_loop(self, loop: dict | BaseLoop) -> BaseLoop:
         if isinstance(loop, dict) and LOOPS.get(loop.get('type', 'ValLoop')) is ValLoop:

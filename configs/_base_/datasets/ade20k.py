@@ -22,6 +22,7 @@ test_pipeline = [
     dict(type='CheckAnnotation', num_classes=num_classes),
     dict(type='PackSegInputs'),
 ]
+tta_pipeline = [dict(type='MultiScaleTest', pipeline=test_pipeline)]  # of mmseg's test.py --tta
 
 train_dataloader = dict(
     num_workers=4,

@@ -20,6 +20,7 @@ test_pipeline = [
     dict(type='CheckAnnotation', num_classes={{_base_.num_classes}}),
     dict(type='PackSegInputs'),
 ]
+tta_pipeline = [dict(type='MultiScaleTest', pipeline=test_pipeline)]  # of mmseg's test.py --tta
 train_dataloader = dict(
     batch_size=8,
     num_workers=2,

@@ -8,6 +8,7 @@ from numbers import Real
 from pathlib import Path
 
 from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmseg.registry import HOOKS
 
@@ -101,7 +102,7 @@ class SafeCheckpointHook(CheckpointHook):
             )
             return
         self._unsaved, self.last_ckpt = None, path
-        if not self._is_read_back and is_main_process():
+        if not self._is_read_back and is_main_process() and isinstance(self.file_backend, LocalBackend):
             self._is_read_back = True
             try:
                 read_checkpoint(path, mmap=True)
