@@ -23,7 +23,7 @@ from PIL import Image
 from support import ROOT, TINY_CONFIG, assert_user_error, variant
 from torch.utils.data import get_worker_info
 
-from mmseg_inceptionnext import SafeCheckpointHook, TolerantValLoop, UserError, files
+from mmseg_inceptionnext import SafeCheckpointHook, SafeRunner, TolerantValLoop, UserError, files
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.config import set_data_root
 from mmseg_inceptionnext.training.options import TrainOptions
@@ -602,3 +602,22 @@ def test_a_bug_in_a_pipeline_names_the_file_and_keeps_its_cause(tiny_cfg):
     with pytest.raises(RuntimeError, match=r'the pipeline failed on .*\.jpg and .*\.png') as caught:
         train(tiny_cfg, TrainOptions(seed=5))
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_an_epoch_loop_from_code(tiny_cfg):
+    """mmseg's tools run such configs, with our runner if they name it; ours count iterations."""
+    tiny_cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=2, val_interval=1)
+    tiny_cfg.train_dataloader.sampler = dict(type='DefaultSampler', shuffle=True)
+    tiny_cfg.param_scheduler = [dict(type='PolyLR', by_epoch=True, end=2)]
+    tiny_cfg.log_processor = dict(by_epoch=True)
+    tiny_cfg.default_hooks.checkpoint.update(by_epoch=True, interval=1)
+    tiny_cfg.model.backbone.init_cfg = None
+    runner = SafeRunner.from_cfg(tiny_cfg)
+    runner.train()
+    assert (runner.epoch, runner.iter) == (2, 4) and runner.val_loop.failures == {}
+    assert read_checkpoint(Path(runner.work_dir, 'epoch_2.pth'))['meta']['epoch'] == 2
+    tiny_cfg.train_cfg.max_epochs = 3
+    resumed = SafeRunner.from_cfg(tiny_cfg)
+    resumed.resume_from(str(Path(runner.work_dir, 'epoch_2.pth')))
+    resumed.train()
+    assert (resumed.epoch, resumed.iter) == (3, 6)
