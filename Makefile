@@ -9,7 +9,7 @@ DEMO_CONFIG := configs/mini/fpn_inceptionnext_a.py
 DEMO_DATA := data/mini_ade20k
 DEMO_OUT := work_dirs/mini/fpn_inceptionnext_a
 
-.PHONY: demo test test-all test-upstream lint format
+.PHONY: demo test test-all test-upstream test-neighbours lint format
 
 demo: $(READY)
 	test -d $(DEMO_DATA) || $(BIN)/python tools/make_mini_ade20k.py --out $(DEMO_DATA)
@@ -28,6 +28,10 @@ test-all: $(READY)
 # configs of a package that is installed as editable in site-packages, where they are not.
 test-upstream: $(VENV_UPSTREAM)/.ready
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(BIN_UPSTREAM)/pytest -m 'not slow' --numprocesses auto --dist worksteal
+
+# By hand: the tests of mmengine, or of source trees given as NEIGHBOURS, with our package imported and without.
+test-neighbours: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/neighbours.py $(NEIGHBOURS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -193,7 +193,7 @@ def test_a_killed_process_stops_the_others_and_the_run_goes_on_with_resume_or_by
     process = two('train', TINY_CONFIG, '--work-dir', 'hurt', *TWELVE, meanwhile=kill)
     assert process.returncode == 1 and time.monotonic() - begin[0] < 60
     assert re.search(
-        r'error: process 0 of 2 has lost another one, .*; the last checkpoint is .*iter_\d\.pth: '
+        r'error: process 0 of 2 lost the connection to another, .*; the last checkpoint is .*iter_\d\.pth: '
         'start again with --resume',
         process.stderr,
     )
