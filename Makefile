@@ -31,6 +31,7 @@ test-upstream: $(VENV_UPSTREAM)/.ready
 
 # By hand: the tests of mmengine, or of source trees given as NEIGHBOURS, with our package imported and without.
 test-neighbours: $(READY)
+	$(BIN)/python -m pip install --quiet parameterized lmdb
 	OMP_NUM_THREADS=1 $(BIN)/python tests/neighbours.py $(NEIGHBOURS)
 
 lint: $(READY)

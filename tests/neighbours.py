@@ -54,8 +54,14 @@ def download_mmengine(folder: Path) -> Path:
 def outcomes(tree: Path, folder: Path, plugin: tuple[str, ...]) -> dict[str, str]:
     """Return 'passed', 'failed' or 'skipped' of each test of a tree."""
     report = folder / 'report.xml'
-    command = [sys.executable, '-m', 'pytest', *plugin, '-q', '-p', 'no:cacheprovider', '--junit-xml', report, 'tests']
-    subprocess.run(command, cwd=tree, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    report.unlink(missing_ok=True)
+    command = [sys.executable, '-m', 'pytest', *plugin, '-q', '-p', 'no:cacheprovider', '--junit-xml', report]
+    command += ['--continue-on-collection-errors', 'tests']
+    process = subprocess.run(
+        command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if not report.is_file():
+        raise SystemExit(f'error: pytest did not finish in {tree}:\n{process.stdout[-2000:]}')
     found = {}
     for case in ElementTree.parse(report).iter('testcase'):
         kinds = {child.tag for child in case}
