@@ -41,6 +41,10 @@ class UnreadableFile(BadSample, OSError):
     """An image or an annotation that is damaged, missing, or no image at all."""
 
 
+class MissingImage(UnreadableFile, FileNotFoundError):
+    """An image that does not exist."""
+
+
 def one_line(error: UserError) -> str:
     """Return the message of an error as one printable line.
 
@@ -48,7 +52,7 @@ def one_line(error: UserError) -> str:
     breaks and escape codes; they are escaped, so that they do not reach the terminal.
     """
     text = str(error)
-    for kind in (UserError, *UserError.__subclasses__(), UnreadableFile):
+    for kind in (UserError, *UserError.__subclasses__(), UnreadableFile, MissingImage):
         text = text.rpartition(f'{kind.__name__}: ')[2]
     return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text.strip())
 

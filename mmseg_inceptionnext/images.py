@@ -9,7 +9,7 @@ import numpy as np
 from mmengine.fileio import LocalBackend, get_file_backend
 from PIL import Image, ImageOps
 
-from mmseg_inceptionnext.errors import UnreadableFile
+from mmseg_inceptionnext.errors import MissingImage, UnreadableFile
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm', '.pgm', '.jp2')
 
@@ -61,7 +61,8 @@ def read_image(source: str | Path | BytesIO | Image.Image | np.ndarray) -> np.nd
     except UnreadableFile as error:
         raise UnreadableFile(f'{source}: {error}') from error
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # Pillow's, on damage
-        raise UnreadableFile(f'{source}: {why_unreadable(error)}') from error
+        kind = MissingImage if isinstance(error, FileNotFoundError) else UnreadableFile
+        raise kind(f'{source}: {why_unreadable(error)}') from error
 
 
 def why_unreadable(error: Exception) -> str:

@@ -3,6 +3,8 @@
 The parts come from the registries: one that is new fails here until its arguments stand below.
 """
 
+import pickle
+import sys
 from collections import Counter
 from copy import deepcopy
 from pathlib import Path
@@ -15,10 +17,11 @@ from mmengine.hooks import EMAHook
 from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS
-from mmseg.registry import DATASETS
+from mmengine.runner import CheckpointLoader
+from mmseg.registry import DATASETS, MODELS
 from support import variant
 
-from mmseg_inceptionnext import Segmentor, UserError
+from mmseg_inceptionnext import ReadImage, Segmentor, UserError, get_config
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.evaluation import evaluate
 from mmseg_inceptionnext.training.options import TrainOptions
@@ -220,3 +223,33 @@ class NotePathHook(EMAHook.__base__):
 
     def before_save_checkpoint(self, runner, checkpoint) -> None:
         checkpoint['folder'] = Path(runner.work_dir)
+
+
+def test_errors_are_those_that_other_libraries_expect(tmp_path, monkeypatch, trained):
+    """mmseg's tests of backbones want an OSError for a missing checkpoint; torch raises others for a bad one."""
+    backbone = MODELS.build(dict(type='ResNet', depth=18, init_cfg=dict(type='Pretrained', checkpoint='nowhere.pth')))
+    with pytest.raises(OSError, match='no checkpoint at'):
+        backbone.init_weights()
+    for load in (read_checkpoint, CheckpointLoader.load_checkpoint):
+        with pytest.raises(FileNotFoundError, match='no checkpoint at'):
+            load(str(tmp_path / 'w.pth'))
+    content = trained.read_bytes()
+    (tmp_path / 'torn.pth').write_bytes(content[: len(content) // 2])
+    torch.save({'a': weighted}, tmp_path / 'code.pth')
+    for name in ('torn.pth', 'code.pth'):
+        for kind in (UserError, RuntimeError, pickle.UnpicklingError):
+            with pytest.raises(kind, match=name):
+                CheckpointLoader.load_checkpoint(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match='no config at'):
+        get_config('nowhere/at_all')
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    with pytest.raises(ImportError, match='pip install'):
+        Segmentor(tmp_path / 'model.onnx')
+    with pytest.raises(FileNotFoundError):
+        ReadImage().transform(dict(img_path=str(tmp_path / 'none.png')))
+
+
+def test_mmengines_callers_choose_where_tensors_go(trained):
+    for location, expected in (('meta', 'meta'), (lambda storage, _: storage, 'cpu'), (None, 'cpu')):
+        content = CheckpointLoader.load_checkpoint(str(trained), map_location=location)
+        assert {tensor.device.type for tensor in content['state_dict'].values()} == {expected}
