@@ -110,3 +110,7 @@ def test_the_tools_run_from_a_wheel(site, tmp_path):
     assert process.returncode == 0, process.stderr[-3000:]
     assert [row['config'] for row in json.loads((tmp_path / 'speed.json').read_text())] == [config]
     assert [path.name for path in tmp_path.iterdir()] == ['speed.json']
+
+
+def test_a_rivals_backbone_is_registered_but_not_ours_to_export():
+    assert 'PVT' not in mmseg_inceptionnext.__all__ and 'PVT' in MODELS

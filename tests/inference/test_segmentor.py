@@ -126,6 +126,13 @@ def test_areas():
         segmentation.area('moon')
 
 
+def test_it_is_printed_in_a_line():
+    assert repr(result([[0, 2, 2, 2]])) == 'Segmentation(4×1: sand 75.0%, sky 25.0%)'
+    many = Classes(tuple('abcde'), ((0, 0, 0),) * 5)
+    text = repr(Segmentation(np.zeros((1, 5, 3), np.uint8), np.arange(5, dtype=np.int16)[None], many))
+    assert text == 'Segmentation(5×1: a 20.0%, b 20.0%, c 20.0%, 2 more)'
+
+
 def test_overlay_and_its_legend():
     segmentation = result([[0] * 60 + [2] * 140] * 100)
     plain, named = segmentation.overlay(opacity=1.0), segmentation.overlay(legend=True)
