@@ -13,29 +13,30 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmseg_inceptionnext.checkpoints.download import download
-from mmseg_inceptionnext.checkpoints.reading import checkpoints_are_trusted, read_checkpoint
+from mmseg_inceptionnext.checkpoints.reading import MapLocation, checkpoints_are_trusted, read_checkpoint
 from mmseg_inceptionnext.distributed import fetch_on_rank_zero_first
 from mmseg_inceptionnext.errors import UserError, first_sentence
-
-_STORAGES = ('pavi://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
-_MODEL_ZOOS = ('modelzoo://', 'torchvision://', 'open-mmlab://', 'openmmlab://', 'mmcls://')
 
 
 def replace_mmengine_loaders() -> None:
     """Let mmengine read all checkpoints through :func:`~mmseg_inceptionnext.checkpoints.reading.read_checkpoint`.
 
-    This holds for the whole process, also for other libraries that use mmengine; see SECURITY.md.
+    This holds for the whole process, also for other libraries that use mmengine; see SECURITY.md. The loaders have the
+    names of mmengine's, which it logs.
     """
     for prefixes, loader in (
-        ('', _load_file),
-        (('http://', 'https://'), _load_url),
-        (_STORAGES, _load_from_storage),
-        (_MODEL_ZOOS, _load_from_model_zoo),
+        ('', load_from_local),
+        (('http://', 'https://'), load_from_http),
+        ('pavi://', load_from_pavi),
+        ((r'(\S+\:)?s3://', r'(\S+\:)?petrel://'), load_from_ceph),
+        (('modelzoo://', 'torchvision://'), load_from_torchvision),
+        (('open-mmlab://', 'openmmlab://'), load_from_openmmlab),
+        ('mmcls://', load_from_mmcls),
     ):
         CheckpointLoader.register_scheme(prefixes=prefixes, loader=loader, force=True)
 
 
-def _load_file(filename: str, map_location=None) -> dict:
+def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
     """Read a file, by default onto the CPU, without the configs in it, unless it is trusted.
 
     mmengine's Runner executes ``meta.config`` when it resumes, and its inferencer executes the others.
@@ -50,11 +51,17 @@ def _load_file(filename: str, map_location=None) -> dict:
     return checkpoint
 
 
-def _load_url(filename: str, map_location=None) -> dict:
-    return _load_file(str(fetch_on_rank_zero_first(download, filename)), map_location)
+def load_from_http(filename: str, map_location: MapLocation = None) -> dict:
+    """Download a file over https and read it."""
+    return load_from_local(str(fetch_on_rank_zero_first(download, filename)), map_location)
 
 
-def _load_from_storage(filename: str, map_location=None) -> dict:
+def load_from_pavi(filename: str, map_location: MapLocation = None) -> dict:
+    """Refuse it: only a package of its makers can read from there."""
+    raise UserError(f'{filename}: checkpoints are not read from there: copy it to a file')
+
+
+def load_from_ceph(filename: str, map_location: MapLocation = None) -> dict:
     """Read an object by mmengine's back end for its prefix, which may need a package."""
     try:
         content = get(filename)
@@ -63,19 +70,29 @@ def _load_from_storage(filename: str, map_location=None) -> dict:
     with NamedTemporaryFile(suffix=Path(filename).suffix) as file:
         file.write(content)
         file.flush()
-        return _load_file(file.name, map_location)
+        return load_from_local(file.name, map_location)
 
 
-def _load_from_model_zoo(filename: str, map_location=None) -> dict:
+def load_from_torchvision(filename: str, map_location: MapLocation = None) -> dict:
+    """Read a model of torchvision by its name."""
+    return _load_named(filename, mmengine_checkpoint.get_torchvision_models(), map_location)
+
+
+def load_from_openmmlab(filename: str, map_location: MapLocation = None) -> dict:
+    """Read a model of OpenMMLab by its name, or by an old one."""
     zoo, name = filename.split('://')
-    if zoo in ('modelzoo', 'torchvision'):
-        urls = mmengine_checkpoint.get_torchvision_models()
-    elif zoo == 'mmcls':
-        urls = mmengine_checkpoint.get_mmcls_models()
-    else:
-        urls = mmengine_checkpoint.get_external_models()
-        name = mmengine_checkpoint.get_deprecated_model_names().get(name, name)
+    name = mmengine_checkpoint.get_deprecated_model_names().get(name, name)
+    return _load_named(f'{zoo}://{name}', mmengine_checkpoint.get_external_models(), map_location)
+
+
+def load_from_mmcls(filename: str, map_location: MapLocation = None) -> dict:
+    """Read a backbone of a classifier of mmcls by its name."""
+    content = _load_named(filename, mmengine_checkpoint.get_mmcls_models(), map_location)
+    return mmengine_checkpoint._process_mmcls_checkpoint(content)
+
+
+def _load_named(filename: str, urls: dict[str, str], map_location: MapLocation) -> dict:
+    name = filename.split('://')[1]
     if name not in urls:
         raise UserError(f'{filename}: mmengine knows no model of this name')
-    content = _load_url(urls[name], map_location)
-    return mmengine_checkpoint._process_mmcls_checkpoint(content) if zoo == 'mmcls' else content
+    return load_from_http(urls[name], map_location)
