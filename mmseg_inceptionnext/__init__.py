@@ -1,7 +1,6 @@
 """InceptionNeXt for MMSegmentation. Importing the package registers its classes in mmseg's registries."""
 
 import contextlib
-import io
 import sys
 import warnings
 
@@ -12,8 +11,10 @@ if sys.argv[:2] == ['-m', 'doctor'] and __name__ in getattr(sys, 'orig_argv', [_
 
     sys.exit(doctor.main(sys.argv[2:]))
 
+from mmseg_inceptionnext.console import MutedStream
+
 # Importing mmseg prints two lines about a data service and warns of a compiled operator that nothing here needs.
-with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+with warnings.catch_warnings(), MutedStream(sys.stdout) as muted, contextlib.redirect_stdout(muted):
     warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
     try:
         import mmseg.datasets

@@ -84,7 +84,9 @@ def name_flags(message: str, flags: dict[str, str]) -> str:
             value = [f'{key}={item}' for key, item in value.items()]
         return ' '.join([flags[name], *map(str, value if isinstance(value, (tuple, list)) else [value])])
 
-    return re.sub(r"""(?<![\w.])(\w+)=('[^']*'|"[^"]*"|\([^()]*\)|\{[^{}]*\}|[\w.+-]*\w)""", flag, message)
+    # Not within a path such as runs/seed=5/iter_3.pth.
+    value = r"""'[^']*'|"[^"]*"|\([^()]*\)|\{[^{}]*\}|True|None|-?\d+(?:\.\d+)?|[A-Z]+"""
+    return re.sub(rf'(?<![^\s(])(\w+)=({value})(?![\w/=-]|[.,]\w)', flag, message)
 
 
 class CfgOptions(DictAction):

@@ -19,6 +19,13 @@ FLAGS = {name: f'--{name.replace("_", "-")}' for name in ('device', 'shape', 're
         ('seed=-1 must be', '--seed -1 must be'),
         ("cfg_options={'a.b': 1, 'c': 'x'} do not fit", '--cfg-options a.b=1 c=x do not fit'),
         ('model.device=1 and num_classes=2 stay', 'model.device=1 and num_classes=2 stay'),
+        ('runs/seed=5/iter_3.pth is truncated', 'runs/seed=5/iter_3.pth is truncated'),
+        ('seed=50/iter_3.pth and seed=5.pth are truncated', 'seed=50/iter_3.pth and seed=5.pth are truncated'),
+        (
+            "/runs/lr=0.1,seed=5/w.pth: try resume='seed=5/v.pth', then",
+            '/runs/lr=0.1,seed=5/w.pth: try --resume seed=5/v.pth, then',
+        ),
+        ("(out=DIR), or device='cpu')", '(--out DIR), or --device cpu)'),
         ('train_dataloader.batch_size=0 must be', 'train_dataloader.batch_size=0 must be'),
     ],
     ids=str,

@@ -35,6 +35,21 @@ def test_importing_says_nothing(tmp_path):
     assert (process.returncode, process.stdout, process.stderr) == (0, '', '')
 
 
+def test_a_logger_that_an_import_creates_is_heard_later(tmp_path):
+    """mmdet, which mmseg imports where it is installed, creates mmengine's logger while our import mutes the screen."""
+    (tmp_path / 'mmdet').mkdir()
+    (tmp_path / 'mmdet' / '__init__.py').write_text(
+        'from mmengine.logging import MMLogger\nMMLogger.get_current_instance().warning("at import")\n'
+    )
+    program = (
+        'import mmseg_inceptionnext; from mmengine.logging import MMLogger; '
+        'MMLogger.get_current_instance().warning("later")'
+    )
+    process = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert 'later' in process.stdout and 'at import' not in process.stdout
+
+
 def test_importing_leaves_matplotlibs_backend_to_its_user():
     """pyplot chooses one when it is imported; in a notebook that would be the wrong one."""
     program = "import sys, mmseg_inceptionnext; print(sys.modules.get('matplotlib').rcParams._get_backend_or_none())"

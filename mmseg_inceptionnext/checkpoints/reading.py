@@ -53,7 +53,7 @@ def read_checkpoint(path: str | Path, map_location: MapLocation = 'cpu', mmap: b
 
     Args:
         path: Path of the file.
-        map_location: Argument of ``torch.load``; for .safetensors files, a device.
+        map_location: Argument of ``torch.load``; .safetensors files go to the CPU, unless it is a device.
         mmap: Leave the tensors of a .pth file on the disk until they are used.
 
     Raises:
@@ -63,7 +63,8 @@ def read_checkpoint(path: str | Path, map_location: MapLocation = 'cpu', mmap: b
     path = _existing_file(path)
     try:
         if path.suffix == '.safetensors':
-            checkpoint = safetensors.torch.load_file(path, str(map_location or 'cpu'))
+            device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
+            checkpoint = safetensors.torch.load_file(path, str(device))
         elif _trusted:
             checkpoint = torch.load(path, map_location, weights_only=False, mmap=mmap)
         else:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from mmengine import fileio
 from mmengine.config import Config
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
-from mmseg_inceptionnext.data.pipeline import leaf_datasets
+from mmseg_inceptionnext.data.pipeline import displayed_path, leaf_datasets
 from mmseg_inceptionnext.errors import MissingFile, UserError
 
 _HOW_TO_GET = (
@@ -58,13 +57,13 @@ def open_dataset(dataset_cfg: dict) -> BaseSegDataset:
     backend = dict(backend_args=dataset_cfg.get('backend_args'))
     root = dataset_cfg.get('data_root')
     if root and not fileio.isdir(root, **backend):
-        raise MissingFile(f'no data set at {_shown(root)}: {_HOW_TO_GET}')
+        raise MissingFile(f'no data set at {displayed_path(root)}: {_HOW_TO_GET}')
     dataset = DATASETS.build(dict(dataset_cfg, pipeline=[], lazy_init=True))
     for folder in (dataset.data_prefix.get(key) for key in ('img_path', 'seg_map_path')):
         if folder and not fileio.isdir(folder, **backend):
-            raise MissingFile(f'no folder {_shown(folder)} in the data set: {_HOW_TO_GET}')
+            raise MissingFile(f'no folder {displayed_path(folder)} in the data set: {_HOW_TO_GET}')
     if dataset.ann_file and not fileio.exists(dataset.ann_file, **backend):
-        raise MissingFile(f'no list of images at {_shown(dataset.ann_file)}: correct ann_file')
+        raise MissingFile(f'no list of images at {displayed_path(dataset.ann_file)}: correct ann_file')
     return dataset
 
 
@@ -76,7 +75,7 @@ def list_samples(dataset: BaseSegDataset) -> list[dict]:
     """
     samples = dataset.load_data_list()
     if not samples:
-        raise MissingFile(f'no *{dataset.img_suffix} image in {_shown(dataset.data_prefix["img_path"])}')
+        raise MissingFile(f'no *{dataset.img_suffix} image in {displayed_path(dataset.data_prefix["img_path"])}')
     return samples
 
 
@@ -97,8 +96,3 @@ def head_faults(model_cfg: dict, num_classes: int) -> Iterator[str]:
                 yield (
                     f'model.{name}.num_classes is {head.get("num_classes")}, but the data set has {num_classes} classes'
                 )
-
-
-def _shown(path: str) -> str:
-    """Return an absolute path; that of another storage as it is."""
-    return path if '://' in path else str(Path(path).absolute())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from mmcv.transforms import BaseTransform, Compose
 from mmengine import fileio
 from mmseg.registry import TRANSFORMS
@@ -22,6 +24,11 @@ def leaf_datasets(dataset_cfg: dict) -> list[dict]:
     return [leaf for child in (inner if isinstance(inner, list) else [inner]) for leaf in leaf_datasets(child)]
 
 
+def displayed_path(path: str) -> str:
+    """Return an absolute path for a message; that of another storage as it is."""
+    return path if '://' in path else os.path.abspath(path)
+
+
 def missing_ground_truth(dataset_cfg: dict) -> str | None:
     """Say why a data set, or one inside it, has no ground truth; None if all have."""
     for leaf in leaf_datasets(dataset_cfg):
@@ -30,7 +37,7 @@ def missing_ground_truth(dataset_cfg: dict) -> str | None:
             return 'the config names no seg_map_path'
         path = fileio.join_path(leaf.get('data_root') or '', folder)
         if not fileio.isdir(path, backend_args=leaf.get('backend_args')):
-            return f'there is no folder {path}'
+            return f'there is no folder {displayed_path(path)}'
     return None
 
 

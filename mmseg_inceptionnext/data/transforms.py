@@ -51,7 +51,7 @@ class ReadImage(BaseTransform):
     def transform(self, results: dict) -> dict | None:
         try:
             image = read_image(local_or_content(results['img_path'], self.backend_args))
-        except (UnreadableFile, OSError):
+        except OSError:  # UnreadableFile is one
             if self.ignore_empty:
                 return None
             raise

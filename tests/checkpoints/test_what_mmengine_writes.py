@@ -19,6 +19,7 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS
 from mmengine.runner import CheckpointLoader
 from mmseg.registry import DATASETS, MODELS
+from safetensors.torch import save_file
 from support import variant
 
 from mmseg_inceptionnext import ReadImage, Segmentor, UserError, get_config
@@ -249,7 +250,11 @@ def test_errors_are_those_that_other_libraries_expect(tmp_path, monkeypatch, tra
         ReadImage().transform(dict(img_path=str(tmp_path / 'none.png')))
 
 
-def test_mmengines_callers_choose_where_tensors_go(trained):
+def test_mmengines_callers_choose_where_tensors_go(trained, tmp_path):
+    save_file(dict(read_checkpoint(trained)['state_dict']), tmp_path / 'w.safetensors')
+    for location in ('cpu', torch.device('cpu'), None, {'cuda:0': 'cpu'}, lambda storage, _: storage):
+        weights = CheckpointLoader.load_checkpoint(str(tmp_path / 'w.safetensors'), map_location=location)
+        assert {tensor.device.type for tensor in weights.values()} == {'cpu'}
     for location, expected in (('meta', 'meta'), (lambda storage, _: storage, 'cpu'), (None, 'cpu')):
         content = CheckpointLoader.load_checkpoint(str(trained), map_location=location)
         assert {tensor.device.type for tensor in content['state_dict'].values()} == {expected}
