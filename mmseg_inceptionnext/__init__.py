@@ -11,7 +11,7 @@ if sys.argv[:2] == ['-m', 'doctor'] and __name__ in getattr(sys, 'orig_argv', [_
 
     sys.exit(doctor.main(sys.argv[2:]))
 
-from mmseg_inceptionnext.console import MutedStream
+from mmseg_inceptionnext.muted_stream import MutedStream
 
 # Importing mmseg prints two lines about a data service and warns of a compiled operator that nothing here needs.
 with warnings.catch_warnings(), MutedStream(sys.stdout) as muted, contextlib.redirect_stdout(muted):
@@ -27,6 +27,7 @@ with warnings.catch_warnings(), MutedStream(sys.stdout) as muted, contextlib.red
 
 from mmseg_inceptionnext.checkpoints.mmengine_loaders import replace_mmengine_loaders
 from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
+from mmseg_inceptionnext.data.mask_dataset import MaskDataset, ReadMask
 from mmseg_inceptionnext.data.pipeline import MultiScaleTest
 from mmseg_inceptionnext.data.transforms import CheckAnnotation, ReadImage
 from mmseg_inceptionnext.errors import UserError
@@ -61,10 +62,12 @@ __all__ = [
     'InceptionNeXt',
     'LabelMapSegmentor',
     'LateUpsampleUPerHead',
+    'MaskDataset',
     'MultiScaleTest',
     'OverlayHook',
     'PerClassIoUMetric',
     'ReadImage',
+    'ReadMask',
     'ReproducibleInfiniteSampler',
     'SafeCheckpointHook',
     'SafeRunner',

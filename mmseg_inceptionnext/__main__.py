@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from mmseg_inceptionnext.command_line import SHORT_NAMES, run
-from mmseg_inceptionnext.config import shipped_folder
+from mmseg_inceptionnext.config_files import shipped_folder
 from mmseg_inceptionnext.errors import UserError
 
 

@@ -101,6 +101,9 @@ class CfgOptions(DictAction):
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that :func:`mmseg_inceptionnext.config.load_config` takes."""
     parser.add_argument('--work-dir', help='where logs and checkpoints go (work_dirs/<folder>/<name of the config>)')
+    parser.add_argument(
+        '--data', metavar='FILE', help='data file (YAML) of a data set of your own, to which the config is fitted'
+    )
     parser.add_argument('--data-root', help='root of the data set of every dataloader')
     parser.add_argument(
         '--launcher',
@@ -111,6 +114,11 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options', nargs='+', action=CfgOptions, metavar='KEY=VALUE', help='override parts of the config'
     )
+
+
+def add_verbose_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that gives mmengine's screen back, see :func:`mmseg_inceptionnext.console.quiet_screen`."""
+    parser.add_argument('--verbose', action='store_true', help='show all that mmengine says, as the log file has it')
 
 
 def add_trust_option(parser: argparse.ArgumentParser) -> None:

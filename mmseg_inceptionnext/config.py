@@ -1,4 +1,4 @@
-"""Read a config file, override parts of it, and say what is wrong with it."""
+"""Load a config, fit it to a data set, override parts of it, and say what is wrong with it."""
 
 from __future__ import annotations
 
@@ -6,78 +6,26 @@ import difflib
 import re
 import tempfile
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mmseg.registry
 from mmengine.config import Config
 from mmengine.registry import Registry
 
+from mmseg_inceptionnext.config_files import find_config, read_config, require
+from mmseg_inceptionnext.console import say
+from mmseg_inceptionnext.data.own_data import fit_channels, use_data_file
 from mmseg_inceptionnext.distributed import check_launcher, rank
-from mmseg_inceptionnext.errors import MissingFile, UserError, one_line
+from mmseg_inceptionnext.errors import UserError, one_line
 
-
-def read_config(path: str | Path) -> Config:
-    """Read a config file as it is.
-
-    Args:
-        path: Path of a config, or name of one that the package ships, such as 'upernet/inceptionnext_t'.
-
-    Raises:
-        UserError: There is no such config, or it cannot be read.
-    """
-    path = find_config(path)
-    try:
-        return Config.fromfile(path)
-    except Exception as error:  # a config is a program of the user's: it can raise anything
-        reason = next(iter(str(error).strip().splitlines()), '')
-        raise UserError(f'{path} cannot be read as a config: {type(error).__name__}: {reason}') from error
-
-
-def find_config(path: str | Path) -> Path:
-    """Return the path of a config, given its path or the last parts of a shipped config's path.
-
-    Raises:
-        UserError: There is none, or several shipped ones have that name.
-    """
-    path = Path(path)
-    if path.is_file():
-        return path
-    wanted = Path(str(path).removesuffix('.py')).parts
-    root = shipped_folder('configs')
-    configs = sorted(p for p in root.rglob('*.py') if '_base_' not in p.parts)
-    found = [p for p in configs if p.relative_to(root).with_suffix('').parts[-len(wanted) :] == wanted]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ', '.join(str(p.relative_to(root).with_suffix('')) for p in found)
-        raise UserError(f'{path} is the name of several configs: say which of {names}')
-    raise MissingFile(
-        f'no config at {path.absolute()}: check the path, or name a shipped one, such as upernet/inceptionnext_t'
-    )
-
-
-def shipped_folder(folder: str) -> Path:
-    """Return the path of ``configs`` or ``tools``: inside the package in a wheel, beside it in a checkout.
-
-    In a checkout ``.mim`` holds links to them, which some file systems and archives do not keep.
-    """
-    package = Path(__file__).parent
-    inside = package / '.mim' / folder
-    return inside.resolve() if inside.is_dir() else package.parent / folder
-
-
-def require(cfg: Config, *keys: str) -> None:
-    """Check that a config has a dict or a list under each of some keys.
-
-    Raises:
-        UserError: A key is missing.
-    """
-    if lacking := [key for key in keys if not isinstance(cfg.get(key), (dict, list))]:
-        raise UserError(f'{cfg.filename} lacks {", ".join(lacking)}: inherit from a recipe under configs')
+__all__ = ['find_config', 'load_config', 'override', 'read_config', 'require', 'set_data_root', 'user_error_message']
 
 
 def load_config(path: str | Path, work_dir: str | Path | None = None, data_root: str | Path | None = None,
-                launcher: str = 'none', cfg_options: dict | None = None) -> Config:  # fmt: skip
+                launcher: str = 'none', cfg_options: dict | None = None,
+                data: str | Path | Mapping[str, Any] | None = None) -> Config:  # fmt: skip
     """Read a config, override parts of it, and check that its work dir can be written.
 
     Args:
@@ -88,6 +36,8 @@ def load_config(path: str | Path, work_dir: str | Path | None = None, data_root:
         launcher: 'none', or what started the processes of a distributed run: 'pytorch', 'slurm' or 'mpi'.
         cfg_options: Further changes, ``{'model.backbone.with_cp': True}``. They are applied last and win, except for
             ``work_dir``, which is set by the argument of that name.
+        data: Data file of a data set of your own, or its content, see
+            :func:`~mmseg_inceptionnext.data.data_file.read_data_file`. What follows from it is logged.
 
     Raises:
         UserError: There is no such config, it cannot be read, its work dir cannot be written, or the processes were
@@ -97,7 +47,7 @@ def load_config(path: str | Path, work_dir: str | Path | None = None, data_root:
     path = Path(cfg.filename)
     check_launcher(launcher)
     cfg.launcher = launcher
-    override(cfg, data_root, cfg_options)
+    override(cfg, data_root, cfg_options, data)
     default = cfg.get('work_dir') or Path('work_dirs', path.absolute().parent.name, path.stem)
     cfg.work_dir = str(work_dir or default)
     if rank(launcher) == 0:  # the others write nothing
@@ -105,19 +55,32 @@ def load_config(path: str | Path, work_dir: str | Path | None = None, data_root:
     return cfg
 
 
-def override(cfg: Config, data_root: str | Path | None = None, cfg_options: dict | None = None) -> None:
-    """Set the data root and other parts of a config, in place; see :func:`load_config`.
+def override(cfg: Config, data_root: str | Path | None = None, cfg_options: dict | None = None,
+             data: str | Path | Mapping[str, Any] | None = None) -> None:  # fmt: skip
+    """Fit a config to a data set, set the data root and other parts of it, in place; see :func:`load_config`.
 
     Raises:
-        UserError: The options do not fit the config.
+        UserError: The data file is wrong, or the options do not fit the config.
     """
+    if data is not None:
+        for line in use_data_file(cfg, data):
+            say(line)
     if data_root is not None:
         set_data_root(cfg, data_root)
     if cfg_options:
-        try:
-            cfg.merge_from_dict(cfg_options)
-        except (KeyError, TypeError, IndexError, ValueError, AssertionError) as error:
-            raise UserError(f'cfg_options={cfg_options} do not fit the config: {error}') from error
+        _merge(cfg, cfg_options)
+    if data is not None:
+        fit_channels(cfg.model)  # of the backbone that the options may have chosen
+        _merge(cfg, cfg_options or {})
+        if 'max_iters' in (cfg_options or {}).get('train_cfg', {}) or 'train_cfg.max_iters' in (cfg_options or {}):
+            cfg.pop('epochs', None)
+
+
+def _merge(cfg: Config, options: dict) -> None:
+    try:
+        cfg.merge_from_dict(options)
+    except (KeyError, TypeError, IndexError, ValueError, AssertionError) as error:
+        raise UserError(f'cfg_options={options} do not fit the config: {error}') from error
 
 
 def set_data_root(cfg: Config, data_root: str | Path) -> None:

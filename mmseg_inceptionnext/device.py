@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 from pathlib import Path
@@ -10,6 +11,11 @@ import torch
 from mmengine.device import get_device
 
 from mmseg_inceptionnext.errors import UserError
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def find_device(name: str | torch.device | None = None) -> torch.device:

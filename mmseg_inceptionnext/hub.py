@@ -16,7 +16,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import Registry
 from mmseg.models.segmentors import EncoderDecoder
 
-from mmseg_inceptionnext.config import read_config, require
+from mmseg_inceptionnext.config_files import read_config, require
 from mmseg_inceptionnext.device import find_device
 from mmseg_inceptionnext.models.build import build_segmentor
 

@@ -25,8 +25,8 @@ def local_or_content(path: str, backend_args: dict | None = None) -> str | Bytes
     return path if isinstance(backend, LocalBackend) else BytesIO(backend.get(path))
 
 
-def read_image(source: str | Path | BytesIO | Image.Image | np.ndarray) -> np.ndarray:
-    """Read an image file, a PIL image or an array as RGB.
+def read_image(source: str | Path | BytesIO | Image.Image | np.ndarray, channels: int = 3) -> np.ndarray:
+    """Read an image file, a PIL image or an array as RGB, or with another number of channels.
 
     EXIF orientation is applied; grey, palette, CMYK and 16-bit images become 8-bit RGB, alpha is dropped, and the first
     frame of an animation is taken. mmseg's pipelines (OpenCV) read the same, except that CMYK and YCbCr may differ by
@@ -35,29 +35,35 @@ def read_image(source: str | Path | BytesIO | Image.Image | np.ndarray) -> np.nd
     Args:
         source: Path or content of an image file; a PIL image of any mode; or an array of RGB (H, W, 3) or grey (H, W)
             values, uint8.
+        channels: 3 for RGB. 1 for grey, to which others are converted. Any other number: the channels of the file as
+            they are, which must be that many, of 8 bits: 4 of an RGBA image, for example.
 
     Returns:
-        (H, W, 3) uint8, RGB; an array that was given is copied.
+        (H, W, channels) uint8; an array that was given is copied.
 
     Raises:
         UnreadableFile: There is no such file, or it is no image, truncated, of floating-point values, a decompression
             bomb, or empty.
         TypeError: The source is of another type, or an array of another shape or dtype.
     """
+    if isinstance(source, np.ndarray) and channels != 3:
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != channels:
+            raise TypeError(f'expected an array (H, W, {channels}) of uint8, got {source.shape} of {source.dtype}')
+        return _not_empty(source.copy())
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.ndim == 3 and source.shape[2] != 3:
             raise TypeError(f'expected an array (H, W, 3) or (H, W) of uint8, got {source.shape} of {source.dtype}')
         pixels = source.copy() if source.ndim == 3 else np.repeat(source[..., None], 3, axis=2)
         return _not_empty(pixels)
     if isinstance(source, Image.Image):
-        return _not_empty(_pixels(source))
+        return _not_empty(_pixels(source, channels))
     if not isinstance(source, (str, Path, BytesIO)):
         raise TypeError(f'expected a path, a PIL image or an array, got {type(source).__name__}')
     if not isinstance(source, BytesIO) and Path(source).exists() and not Path(source).is_file():
         raise UnreadableFile(f'{source}: a directory, a pipe or a device, not a file')
     try:
         with Image.open(source) as image:
-            return _not_empty(_pixels(image))
+            return _not_empty(_pixels(image, channels))
     except UnreadableFile as error:
         raise UnreadableFile(f'{source}: {error}') from error
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # Pillow's, on damage
@@ -80,13 +86,25 @@ def _not_empty(pixels: np.ndarray) -> np.ndarray:
     return pixels
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
+def as_rgb(pixels: np.ndarray) -> np.ndarray:
+    """Return (H, W, C) pixels as (H, W, 3) for people to look at: the first three channels, or the first as grey."""
+    return pixels[..., :3] if pixels.shape[2] > 2 else np.repeat(pixels[..., :1], 3, axis=2)
+
+
+def _pixels(image: Image.Image, channels: int) -> np.ndarray:
     image = ImageOps.exif_transpose(image)
+    if channels not in (1, 3):
+        bands = len(image.getbands())
+        if bands != channels or image.mode[0] in 'IF':
+            raise UnreadableFile(f'has {bands} channels of mode {image.mode}, not {channels} of 8 bits')
+        return np.asarray(image)
     if image.mode == 'F':
         raise UnreadableFile('holds floating-point values, whose range is not known: save it with 8 or 16 bits')
     if image.mode.startswith('I'):  # 16 bits, though Pillow may use 32 to hold them
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise UnreadableFile('holds 32-bit values: save it with 8 or 16 bits')
-        return np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        return np.repeat((values >> 8).astype(np.uint8)[..., None], channels, axis=2)
+    if channels == 1:
+        return np.asarray(image.convert('L'))[..., None]
     return np.asarray(image.convert('RGB'))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import colorsys
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Union
 
 import numpy as np
 from mmseg.datasets import ADE20KDataset
@@ -14,6 +15,10 @@ from mmseg.datasets import ADE20KDataset
 from mmseg_inceptionnext.errors import UserError
 
 IGNORE_INDEX = 255  # ignore_index: pixels without a class, never in files
+_IGNORE_INDEX_16_BIT = 65535  # where 255 is the label of a class
+
+# What a file holds at the pixels of a class: an id, or a colour.
+Code = Union[int, tuple[int, int, int]]  # noqa: UP007  Python 3.9 evaluates it
 
 _HELP = "pass classes='ade20k', or a file with one class a line, as NAME or NAME #RRGGBB"
 
@@ -25,17 +30,39 @@ class Classes:
     Attributes:
         names: Name of each class.
         palette: RGB of each class, 0 … 255.
-        reduce_zero_label: Label maps in files hold the label + 1, and 0 is unlabelled, as in ADE20K.
+        codes: What label maps in files hold for each class: ids, or colours (RGB). Default: the label + 1, as in
+            ADE20K, where 0 is unlabelled.
     """
 
     names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
-    reduce_zero_label: bool = True
+    codes: tuple[Code, ...] = ()
+
+    def __post_init__(self):
+        if not self.codes:
+            object.__setattr__(self, 'codes', tuple(range(1, len(self.names) + 1)))
+
+    @property
+    def reduce_zero_label(self) -> bool:
+        """Whether label maps in files hold the label + 1."""
+        return self.codes == tuple(range(1, len(self.names) + 1))
 
     def encode(self, labels: np.ndarray) -> np.ndarray:
-        """Return a label map in the coding of the data set's annotations, uint8, or uint16 where 8 bits are too few."""
-        dtype = np.uint8 if len(self.names) < 255 else np.uint16
-        return (labels + int(self.reduce_zero_label)).astype(dtype)
+        """Return a label map in the coding of the data set's annotations.
+
+        Args:
+            labels: (H, W) labels.
+
+        Returns:
+            (H, W) ids, uint8, or uint16 where one is above 255; or (H, W, 3) uint8, RGB, if the codes are colours.
+        """
+        codes = np.asarray(self.codes)
+        return codes.astype(np.uint8 if codes.max() < 256 else np.uint16)[labels]
+
+
+def ignore_index_of(num_classes: int) -> int:
+    """Return the label of pixels without a class: 255, or 65535 for more than 255 classes."""
+    return IGNORE_INDEX if num_classes <= IGNORE_INDEX else _IGNORE_INDEX_16_BIT
 
 
 def classes_of_checkpoint(checkpoint: dict, path: str | Path) -> Classes:
@@ -48,20 +75,48 @@ def classes_of_checkpoint(checkpoint: dict, path: str | Path) -> Classes:
     Raises:
         UserError: The checkpoint does not say what its classes are.
     """
-    meta = _dataset_meta(checkpoint)
     try:
-        names = tuple(str(name).strip() for name in meta['classes'])
-        palette = tuple((int(red), int(green), int(blue)) for red, green, blue in meta['palette'])
-    except (KeyError, TypeError, ValueError):
-        names, palette = (), ()
-    if not names or len(names) != len(palette):
-        raise UserError(f'{path} does not say what its classes are: {_HELP}')
-    return Classes(names, palette, reduces_zero_label(checkpoint))
+        return classes_of_meta(_dataset_meta(checkpoint))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{path} does not say what its classes are: {_HELP}') from error
 
 
-def reduces_zero_label(checkpoint: dict) -> bool:
-    """Return the ``reduce_zero_label`` of a checkpoint's data set; True if the checkpoint does not say."""
-    return bool(_dataset_meta(checkpoint).get('reduce_zero_label', True))
+def classes_of_meta(meta: Mapping) -> Classes:
+    """Return the classes of a data set's ``metainfo``.
+
+    Raises:
+        KeyError, TypeError, ValueError: It has none, or not a colour and a code for each.
+    """
+    names = tuple(str(name).strip() for name in meta['classes'])
+    palette = tuple((int(red), int(green), int(blue)) for red, green, blue in meta['palette'])
+    codes = codes_of_meta(meta, len(names))
+    if not names or not len(names) == len(palette) == len(codes):
+        raise ValueError(f'{len(names)} classes, {len(palette)} colours, {len(codes)} codes')
+    return Classes(names, palette, codes)
+
+
+def codes_of_meta(meta: Mapping, num_classes: int) -> tuple[Code, ...]:
+    """Return what annotations hold for each class of a data set, given its ``metainfo``.
+
+    It says so under ``codes`` (:class:`~mmseg_inceptionnext.data.mask_dataset.MaskDataset`), or by mmseg's
+    ``reduce_zero_label`` and, for a subset of the classes, ``label_map``. Where it says nothing, the codes are the
+    labels + 1.
+    """
+    if meta.get('codes'):
+        return tuple(int(code) if np.ndim(code) == 0 else tuple(map(int, code)) for code in meta['codes'])
+    shift = int(bool(meta.get('reduce_zero_label', True)))
+    label_map = meta.get('label_map')
+    ids = {label: old for old, label in label_map.items()} if isinstance(label_map, dict) else {}
+    return tuple(int(ids.get(label, label)) + shift for label in range(num_classes))
+
+
+def codes_of_checkpoint(checkpoint: dict, num_classes: int) -> tuple[Code, ...]:
+    """Return the codes of a checkpoint's data set, see :func:`codes_of_meta`; none if it does not have that many."""
+    try:
+        codes = codes_of_meta(_dataset_meta(checkpoint), num_classes)
+    except (TypeError, ValueError):
+        return ()
+    return codes if len(codes) == num_classes else ()
 
 
 def _dataset_meta(checkpoint: dict) -> dict:
@@ -70,13 +125,12 @@ def _dataset_meta(checkpoint: dict) -> dict:
     return meta if isinstance(meta, dict) else {}
 
 
-def read_classes(source: str | Path, reduce_zero_label: bool = True) -> Classes:
+def read_classes(source: str | Path) -> Classes:
     """Return the classes of a named data set, or read them from a file.
 
     Args:
         source: 'ade20k', or path of a text file with one class a line: its name, and optionally its colour as #RRGGBB.
             Classes without one get distinct colours.
-        reduce_zero_label: Whether label maps in files hold label + 1.
 
     Raises:
         UserError: There is no such file, or it holds no classes.
@@ -84,7 +138,7 @@ def read_classes(source: str | Path, reduce_zero_label: bool = True) -> Classes:
     if str(source) == 'ade20k':
         meta = ADE20KDataset.METAINFO
         names = tuple(name.strip() for name in meta['classes'])
-        return Classes(names, tuple(map(tuple, meta['palette'])), reduce_zero_label)
+        return Classes(names, tuple(map(tuple, meta['palette'])))
     try:
         lines = [line.strip() for line in Path(source).read_text(encoding='utf-8-sig').splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -98,10 +152,10 @@ def read_classes(source: str | Path, reduce_zero_label: bool = True) -> Classes:
         if not name or name.split()[-1].startswith('#'):
             raise UserError(f'{source}: {line!r} is neither NAME nor NAME #RRGGBB')
         names.append(name)
-        palette.append(tuple(bytes.fromhex(colour)) if colour else _distinct_colour(index))
+        palette.append(tuple(bytes.fromhex(colour)) if colour else distinct_colour(index))
     if len(set(names)) < len(names):
         raise UserError(f'{source} names {next(n for n in names if names.count(n) > 1)!r} twice: names must differ')
-    return Classes(tuple(names), tuple(palette), reduce_zero_label)
+    return Classes(tuple(names), tuple(palette))
 
 
 def check_num_classes(classes: Sequence, expected: int, source: str) -> None:
@@ -114,7 +168,7 @@ def check_num_classes(classes: Sequence, expected: int, source: str) -> None:
         raise UserError(f'{source} names {len(classes)} classes, but the model has {expected}: {_HELP}')
 
 
-def _distinct_colour(index: int) -> tuple[int, int, int]:
+def distinct_colour(index: int) -> tuple[int, int, int]:
     """Return a colour whose hue is a golden-ratio step from the previous one: no two near indices look alike."""
     rgb = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.85 if index % 2 else 0.65, 0.95)
     return tuple(round(255 * value) for value in rgb)

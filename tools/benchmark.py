@@ -22,6 +22,9 @@ def main() -> None:
     parser.add_argument(
         '--shape', nargs=2, type=int, metavar=('H', 'W'), help='size (512 512; train: the crop; backbone: 224 224)'
     )
+    parser.add_argument(
+        '--data', metavar='FILE', help='data file of a data set of your own, to which configs are fitted'
+    )
     parser.add_argument('--data-root', metavar='D', help='time real test images from here instead of a synthetic one')
     parser.add_argument('--batch-size', type=int, metavar='N', help='(fps: 1; train: the config; backbone: 128 or 8)')
     parser.add_argument('--repeat', type=int, default=5, metavar='N', help='rounds over all configs (5)')
@@ -40,7 +43,7 @@ def main() -> None:
 
     setting = Setting(
         args.task, args.shape, args.data_root, args.batch_size, args.repeat, args.precision, args.compile, args.layout,
-        args.fast,
+        args.fast, args.data,
     )  # fmt: skip
     bar = Console(stderr=True)
     rows, failures = measure_speed(

@@ -10,12 +10,14 @@ from mmseg_inceptionnext.command_line import (
     ToolParser,
     add_config_options,
     add_trust_option,
+    add_verbose_option,
     output_file,
     output_folder,
     positive_int,
     run,
 )
 from mmseg_inceptionnext.config import load_config
+from mmseg_inceptionnext.console import quiet_screen
 from mmseg_inceptionnext.evaluation import evaluate
 from mmseg_inceptionnext.evaluation.metrics import HEADLINE
 
@@ -46,17 +48,21 @@ def main() -> None:
         '--report-images', metavar='N', type=positive_int, default=5,
         help='how many of the worst, median and best images the report shows (5)',
     )  # fmt: skip
+    add_verbose_option(parser)
     add_trust_option(parser)
     args = parser.parse_args()
+    with quiet_screen(not args.verbose), trusting_checkpoints(args.trust_checkpoint):
+        execute(args)
 
-    cfg = load_config(args.config, args.work_dir, args.data_root, args.launcher, args.cfg_options)
+
+def execute(args: argparse.Namespace) -> None:
+    cfg = load_config(args.config, args.work_dir, args.data_root, args.launcher, args.cfg_options, args.data)
     pictures = [str(folder) for folder in (args.out, args.show_dir) if folder]
-    with trusting_checkpoints(args.trust_checkpoint):
-        figures = evaluate(
-            cfg, args.checkpoint, out=args.out, show_dir=args.show_dir, fast=args.fast, tta=args.tta,
-            report=args.report, report_images=args.report_images,
-            need_figures=bool(args.json or args.report or not pictures),
-        )  # fmt: skip
+    figures = evaluate(
+        cfg, args.checkpoint, out=args.out, show_dir=args.show_dir, fast=args.fast, tta=args.tta,
+        report=args.report, report_images=args.report_images,
+        need_figures=bool(args.json or args.report or not pictures),
+    )  # fmt: skip
     if not is_main_process():
         return
     if figures is None:

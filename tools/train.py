@@ -1,20 +1,33 @@
 """Train a segmentor."""
 
+import argparse
 import shlex
+import signal
 import sys
 
 from mmengine.dist import is_main_process
 
 from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
-from mmseg_inceptionnext.command_line import ToolParser, add_config_options, add_trust_option, command, run
+from mmseg_inceptionnext.command_line import (
+    ToolParser,
+    add_config_options,
+    add_trust_option,
+    add_verbose_option,
+    command,
+    positive_int,
+    run,
+)
 from mmseg_inceptionnext.config import load_config
+from mmseg_inceptionnext.console import quiet_screen
+from mmseg_inceptionnext.measure.tables import recipes_table
 from mmseg_inceptionnext.training.options import TrainOptions
 from mmseg_inceptionnext.training.train import plan, run_result, train
 
 
 def main() -> None:
     parser = ToolParser('train', __doc__)
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', nargs='?', help='config file, or the name of a shipped one')
+    parser.add_argument('--list', action='store_true', help='list the shipped configs, and do nothing else')
     add_config_options(parser)
     parser.add_argument(
         '--weights', metavar='X|none', help='weights of the backbone: timm name, https URL, file, or none (the config)'
@@ -22,8 +35,23 @@ def main() -> None:
     parser.add_argument(
         '--resume', nargs='?', const=True, default=False, metavar='CKPT', help='resume from CKPT (the last checkpoint)'
     )
+    parser.add_argument('--finetune', metavar='CKPT', help='start from another trained segmentor, whatever its classes')
     parser.add_argument('--amp', action='store_true', help='mixed precision: bf16, or fp16 on GPUs without it')
     parser.add_argument('--seed', type=int, help='random seed')
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument('--epochs', type=positive_int, metavar='N', help='passes over the training images (the config)')
+    length.add_argument(
+        '--iters', type=positive_int, metavar='N', help='iterations; warm-up, checkpoints and validations follow'
+    )
+    parser.add_argument(
+        '--class-weights',
+        choices=('auto',),
+        help='weigh rare classes more in the loss: by the inverse root of their pixels',
+    )
+    parser.add_argument('--ema', action='store_true', help='validate and save a moving average of the weights')
+    parser.add_argument(
+        '--early-stop', type=positive_int, metavar='N', help='stop after N validations without a better one'
+    )
     parser.add_argument(
         '--auto-batch', action='store_true', help="accumulate gradients so that the recipe's effective batch holds"
     )
@@ -39,21 +67,32 @@ def main() -> None:
         default='ddp',
         help='each process holds the whole model (ddp), or a share of weights, gradients and optimizer',
     )
+    add_verbose_option(parser)
     add_trust_option(parser)
     args = parser.parse_args()
+    if args.list:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly where the list goes to `head`
+        print(recipes_table())
+        return
+    if args.config is None:
+        parser.error('the following arguments are required: config')
+    with quiet_screen(not args.verbose), trusting_checkpoints(args.trust_checkpoint):
+        execute(args)
 
-    cfg = load_config(args.config, args.work_dir, args.data_root, args.launcher, args.cfg_options)
+
+def execute(args: argparse.Namespace) -> None:
+    cfg = load_config(args.config, args.work_dir, args.data_root, args.launcher, args.cfg_options, args.data)
     options = TrainOptions(
-        weights=args.weights, resume=args.resume, amp=args.amp, seed=args.seed, auto_batch=args.auto_batch,
-        skip_bad_images=args.skip_bad_images, strategy=args.strategy,
+        weights=args.weights, resume=args.resume, amp=args.amp, seed=args.seed, epochs=args.epochs, iters=args.iters,
+        finetune=args.finetune, class_weights=args.class_weights, ema=args.ema, early_stop=args.early_stop,
+        auto_batch=args.auto_batch, skip_bad_images=args.skip_bad_images, strategy=args.strategy,
     )  # fmt: skip
-    with trusting_checkpoints(args.trust_checkpoint):
-        if args.dry_run:
-            resolved = plan(cfg, options)
-            if is_main_process():
-                print(resolved)
-            return
-        runner = train(cfg, options)
+    if args.dry_run:
+        resolved = plan(cfg, options)
+        if is_main_process():
+            print(resolved)
+        return
+    runner = train(cfg, options)
     if is_main_process():
         next_command = (
             command_to_resume(sys.orig_argv[1:]) if args.launcher == 'none' else 'the same command with --resume'

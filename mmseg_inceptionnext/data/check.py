@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import numpy as np
 from mmengine import fileio
 from mmengine.config import Config
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
+from PIL import Image
 
+from mmseg_inceptionnext.data.mask_dataset import MaskDataset
 from mmseg_inceptionnext.data.pipeline import displayed_path, leaf_datasets
-from mmseg_inceptionnext.errors import MissingFile, UserError
+from mmseg_inceptionnext.data.unnamed_codes import UnnamedCodes
+from mmseg_inceptionnext.errors import BadSample, MissingFile, UserError
 
-_HOW_TO_GET = (
+_HOW_TO_GET_ADE20K = (
     'pass data_root=DIR, or unpack ADEChallengeData2016.zip (http://sceneparsing.csail.mit.edu) there; '
     '`python -m mmseg_inceptionnext mini-ade20k --out DIR` makes a small data set to try'
 )
+_SAMPLE = 32  # masks that are read before a training, evenly spread
 
 
 def check_data(cfg: Config, *splits: str) -> None:
@@ -46,6 +51,25 @@ def _check_dataset(dataset_cfg: dict, model_cfg: dict) -> None:
         )
     for fault in head_faults(model_cfg, len(dataset.metainfo['classes'])):
         raise UserError(fault)
+    if isinstance(dataset, MaskDataset):
+        _check_masks(dataset, [sample for sample in samples if 'seg_map_path' in sample])
+
+
+def _check_masks(dataset: MaskDataset, samples: list[dict]) -> None:
+    """Read a sample of masks: what the data file does not name is an error before anything is trained."""
+    unnamed = UnnamedCodes(dataset.coding)
+    for i in np.unique(np.linspace(0, len(samples) - 1, _SAMPLE).round().astype(int)) if samples else ():
+        path = samples[i]['seg_map_path']
+        try:
+            with Image.open(path) as mask:
+                numbers, pixels = np.unique(dataset.coding.numbers(mask), return_counts=True)
+        except BadSample as error:
+            raise BadSample(f'{path} {error}') from error
+        except Exception:  # damaged; training names the file, or replaces it if it is asked to
+            continue
+        unnamed.add(samples[i]['img_path'], path, dict(zip(numbers.tolist(), pixels.tolist(), strict=True)))
+    if faults := unnamed.faults():
+        raise UserError(f'{"; ".join(faults)} (a sample was read: `check` reads all)')
 
 
 def open_dataset(dataset_cfg: dict) -> BaseSegDataset:
@@ -57,14 +81,19 @@ def open_dataset(dataset_cfg: dict) -> BaseSegDataset:
     backend = dict(backend_args=dataset_cfg.get('backend_args'))
     root = dataset_cfg.get('data_root')
     if root and not fileio.isdir(root, **backend):
-        raise MissingFile(f'no data set at {displayed_path(root)}: {_HOW_TO_GET}')
+        raise MissingFile(f'no data set at {displayed_path(root)}: {_how_to_get(dataset_cfg)}')
     dataset = DATASETS.build(dict(dataset_cfg, pipeline=[], lazy_init=True))
     for folder in (dataset.data_prefix.get(key) for key in ('img_path', 'seg_map_path')):
         if folder and not fileio.isdir(folder, **backend):
-            raise MissingFile(f'no folder {displayed_path(folder)} in the data set: {_HOW_TO_GET}')
+            raise MissingFile(f'no folder {displayed_path(folder)} in the data set: {_how_to_get(dataset_cfg)}')
     if dataset.ann_file and not fileio.exists(dataset.ann_file, **backend):
         raise MissingFile(f'no list of images at {displayed_path(dataset.ann_file)}: correct ann_file')
     return dataset
+
+
+def _how_to_get(dataset_cfg: dict) -> str:
+    is_ade20k = str(dataset_cfg.get('type')).endswith('ADE20KDataset')
+    return _HOW_TO_GET_ADE20K if is_ade20k else 'pass data_root=DIR, or correct the folders in the config'
 
 
 def list_samples(dataset: BaseSegDataset) -> list[dict]:
@@ -75,7 +104,8 @@ def list_samples(dataset: BaseSegDataset) -> list[dict]:
     """
     samples = dataset.load_data_list()
     if not samples:
-        raise MissingFile(f'no *{dataset.img_suffix} image in {displayed_path(dataset.data_prefix["img_path"])}')
+        suffix = '' if isinstance(dataset, MaskDataset) else f'*{dataset.img_suffix} '
+        raise MissingFile(f'no {suffix}image in {displayed_path(dataset.data_prefix["img_path"])}')
     return samples
 
 
@@ -83,6 +113,8 @@ def list_annotations(dataset: BaseSegDataset) -> set[str]:
     """List the paths of all files in a data set's folder of annotations, in the form of ``seg_map_path``."""
     folder = dataset.data_prefix.get('seg_map_path')
     listed = dict(list_dir=False, suffix='', recursive=True, backend_args=dataset.backend_args)
+    if isinstance(dataset, MaskDataset):
+        return dataset.list_masks() if folder is not None else set()
     names = fileio.list_dir_or_file(folder, **listed) if folder else ()
     return {os.path.join(folder, name) for name in names}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,17 +17,21 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.registry import TRANSFORMS
 from PIL import Image
 
-from mmseg_inceptionnext.config import require
+from mmseg_inceptionnext.config_files import require
 from mmseg_inceptionnext.data.check import head_faults, list_annotations, list_samples, open_dataset
+from mmseg_inceptionnext.data.class_weights import keep_counts
+from mmseg_inceptionnext.data.mask_dataset import MaskDataset
 from mmseg_inceptionnext.data.pipeline import leaf_datasets, missing_ground_truth, remove_ground_truth
 from mmseg_inceptionnext.data.read_pairs import Pair, pair_reader
 from mmseg_inceptionnext.data.transforms import label_fault
+from mmseg_inceptionnext.data.unnamed_codes import UnnamedCodes, draw_unnamed
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.labels import IGNORE_INDEX
+from mmseg_inceptionnext.labels import IGNORE_INDEX, Code
 
 # ADE20K's scene parsing benchmark: files beside its folders that give it away, and its numbers of images.
 _ADE20K_FILES = ('objectInfo150.txt', 'sceneCategories.txt')
 _ADE20K_IMAGES = {'training': 20210, 'validation': 2000}
+_MOST_ALIKE = 5  # files with the same fault that are listed one by one
 
 
 @dataclass
@@ -67,6 +73,7 @@ class Inspection:
         duplicates: (training image, image of another split) that are the same file.
         problems: What is wrong with the data set as a whole, a line each.
         warnings: What may be a mistake, a line each.
+        unnamed: Ids or colours of the masks that the data file does not name.
     """
 
     ok: bool = True
@@ -74,6 +81,7 @@ class Inspection:
     duplicates: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    unnamed: list[Code] = field(default_factory=list)
 
 
 @dataclass
@@ -86,9 +94,10 @@ class Coding:
     files: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     total_files: int = 0
 
-    def add(self, counts: np.ndarray) -> None:
-        self.pixels += counts
-        self.files += counts > 0
+    def add(self, counts: dict[int, int]) -> None:
+        for value, pixels in counts.items():
+            self.pixels[value] += pixels
+            self.files[value] += 1
         self.total_files += 1
 
 
@@ -97,8 +106,16 @@ class _Source:
 
     def __init__(self, dataset: BaseSegDataset, pipeline: Sequence[dict], sample: dict):
         self.names = [name.strip() for name in dataset.metainfo['classes']]
-        self.coding = (dataset.reduce_zero_label, len(dataset.label_map or self.names))
         self.scale = _smallest_scale(pipeline)
+        self.mask_coding = dataset.coding if isinstance(dataset, MaskDataset) else None
+        if self.mask_coding:
+            self.masks, self.unnamed = (
+                'colours' if self.mask_coding.is_colour else 'ids',
+                UnnamedCodes(self.mask_coding),
+            )
+            return
+        self.masks = None
+        self.coding = (dataset.reduce_zero_label, len(dataset.label_map or self.names))
         loader = next((t for t in pipeline if t['type'] == 'LoadAnnotations'), dict(type='LoadAnnotations'))
         self.labels = _labels_of_values(loader, sample)
         self.by_opencv = loader.get('imdecode_backend') == 'cv2'
@@ -108,15 +125,26 @@ class _Source:
         if pair.size and self.scale and min(resized := rescale_size(pair.size, self.scale)) < 1:
             sizes = f'{pair.size[0]}×{pair.size[1]}, which the pipeline resizes to {resized[0]}×{resized[1]}'
             yield image, f'is {sizes}: crop it, or leave it out'
-        if pair.counts is None:
+        if pair.counts is None or self.mask_coding:
             return
         if pair.palette and self.by_opencv:
             yield annotation, "has a palette, which LoadAnnotations' imdecode_backend='cv2' reads as colours: remove it"
-        for value in np.flatnonzero(pair.counts):
+        for value in pair.counts:
             if len(self.names) <= self.labels[value] != IGNORE_INDEX:
                 hint = ' (it is an index into a palette: if that is of colours, convert it)' if pair.palette else ''
                 yield annotation, label_fault(value, self.coding[1], int(self.coding[0])) + hint
                 return
+
+    def labels_of(self, counts: dict[int, int]) -> list[int]:
+        """Return the label of each value in an annotation; -1 if it has none."""
+        values = np.array(list(counts), np.int64)
+        if self.mask_coding:
+            return self.mask_coding.labels_of(values).tolist()
+        return self.labels[values].tolist()
+
+    @property
+    def ignore_index(self) -> int:
+        return self.mask_coding.ignore_index if self.mask_coding else IGNORE_INDEX
 
 
 def inspect_data(
@@ -124,14 +152,21 @@ def inspect_data(
     workers: int = 1,
     sample: int | None = None,
     progress: Callable[[Iterable, int], Iterable] = lambda pairs, total: pairs,
+    splits: Sequence[str] = ('train', 'val', 'test'),
+    report: Path | None = None,
 ) -> Inspection:
     """Read the images and annotations of a config's training, validation and test data.
+
+    If all training annotations are read, the number of pixels of each class is kept beside them, see
+    :func:`~mmseg_inceptionnext.data.class_weights.keep_counts`.
 
     Args:
         cfg: A whole config.
         workers: Number of processes that read; 1 is this one.
         sample: Number of pairs of each split to read, evenly spread over its names. All names are compared anyway.
         progress: Function that wraps the iterator over the pairs, given their number.
+        splits: The data to read.
+        report: Folder for pictures of two examples of each id or colour that the data file does not name.
 
     Raises:
         UserError: A data root, a folder or every image of a split is missing, or a process was killed.
@@ -140,7 +175,7 @@ def inspect_data(
     found = Inspection()
     codings: dict[tuple[bool, int], Coding] = {}
     jobs: list[tuple[str, _Source, str, str | None]] = []
-    for name, datasets in _datasets(cfg).items():
+    for name, datasets in _datasets(cfg, splits).items():
         split = found.splits[name] = Split()
         pairs = _list_pairs(split, datasets, cfg.model, found.problems)
         if not split.annotations and name != 'test':
@@ -150,9 +185,12 @@ def inspect_data(
         jobs += [(name, *pair) for pair in pairs]
 
     first: dict[str, dict[bytes, str]] = {name: {} for name in found.splits}
+    sources = list(dict.fromkeys((name, source) for name, source, *_ in jobs))
     sizes: dict[str, list[tuple[int, int]]] = {name: [] for name in found.splits}
     with pair_reader(workers) as read:
-        results = zip(jobs, read([(image, annotation) for *_, image, annotation in jobs]), strict=True)
+        results = zip(
+            jobs, read([(image, annotation, source.masks) for _, source, image, annotation in jobs]), strict=True
+        )
         for (name, source, image, annotation), pair in progress(results, len(jobs)):
             split = found.splits[name]
             split.checked += 1
@@ -163,7 +201,10 @@ def inspect_data(
             if pair.digest and first[name].setdefault(pair.digest, image) is not image:
                 split.duplicates += 1
             if pair.counts is not None:
-                codings.setdefault(source.coding, Coding(*source.coding)).add(pair.counts)
+                if source.mask_coding:
+                    source.unnamed.add(image, annotation, pair.counts)
+                else:
+                    codings.setdefault(source.coding, Coding(*source.coding)).add(pair.counts)
                 _count(split, source, image, pair.counts)
 
     for name, split in found.splits.items():
@@ -172,9 +213,17 @@ def inspect_data(
         if name != 'train':
             same = first['train'].keys() & first[name]
             found.duplicates += sorted((first['train'][digest], first[name][digest]) for digest in same)
+    for name, source in sources:
+        if source.mask_coding:
+            found.problems += [f'{name}: {fault}' for fault in source.unnamed.faults()]
+            found.unnamed += [code for code in source.unnamed.codes() if code not in found.unnamed]
+            if report:
+                draw_unnamed(source.unnamed, report)
     found.problems = list(dict.fromkeys(found.problems))  # the splits have the same heads
     found.warnings = [*_split_warnings(found), *(line for c in codings.values() for line in coding_warnings(c))]
     found.ok = not found.problems and not any(split.wrong for split in found.splits.values())
+    if found.ok and sample is None and 'train' in found.splits:
+        keep_counts(cfg, {name: count['pixels'] for name, count in found.splits['train'].classes.items()})
     return found
 
 
@@ -200,9 +249,23 @@ def coding_warnings(coding: Coding) -> Iterator[str]:
         )
     elif not coding.reduce_zero_label and n < 255 and pixels[n] and not pixels[n + 1 : 255].any():
         yield (
-            f'the labels go up to {n}, as with {n} classes 1 … {n} and 0 for unlabelled: if that is so, set '
-            'reduce_zero_label=True'
+            f'the labels go up to {n}, one past the {n} classes. Is {n}, on {of_pixels[n]:.2%} of the pixels, to be '
+            f'ignored (`ignore_classes: [{n}]` in a data file)? Or is 0, on {of_pixels[0]:.2%}, the unlabelled one? '
+            'Then set reduce_zero_label=True, which makes 1 the first class'
         )
+
+
+def grouped(wrong: list[dict[str, str]]) -> Iterator[str]:
+    """Yield a line for each wrong file; one line alone for those that have the same reason, if there are many."""
+    groups: dict[str, list[dict[str, str]]] = {}
+    for entry in wrong:
+        kind = re.sub(r'\d+×\d+|\S*[/\\]\S*', '…', entry['reason'])
+        groups.setdefault(kind, []).append(entry)
+    for entries in groups.values():
+        if len(entries) <= _MOST_ALIKE:
+            yield from (f'{entry["file"]}: {entry["reason"]}' for entry in entries)
+        else:
+            yield f'{_number(len(entries))} files, such as {entries[0]["file"]}: {entries[0]["reason"]}'
 
 
 def inspection_text(found: Inspection) -> str:
@@ -229,17 +292,20 @@ def inspection_text(found: Inspection) -> str:
     return '\n'.join([*lines, *(f'warning: {line}' for line in found.warnings)])
 
 
-def _datasets(cfg: Config) -> dict[str, list[tuple[BaseSegDataset, list[dict]]]]:
+def _datasets(cfg: Config, splits: Sequence[str]) -> dict[str, list[tuple[BaseSegDataset, list[dict]]]]:
     """Return data sets and pipelines of each split; the test split only where it has other files than validation."""
     found = {}
-    for name in ('train', 'val', 'test'):
+    for name in splits:
         if not cfg.get(f'{name}_dataloader'):
             continue
         tree = copy.deepcopy(cfg[f'{name}_dataloader'].dataset)
         if name == 'test' and missing_ground_truth(tree):
             remove_ground_truth(tree)
         found[name] = [(open_dataset(leaf), leaf.get('pipeline', [])) for leaf in leaf_datasets(tree)]
-    files = {name: [(d.data_prefix, d.ann_file) for d, _ in datasets] for name, datasets in found.items()}
+    files = {
+        name: [(d.data_prefix, d.ann_file, getattr(d, 'part', None)) for d, _ in datasets]
+        for name, datasets in found.items()
+    }
     if files.get('test') == files.get('val'):
         found.pop('test', None)
     return found
@@ -257,7 +323,8 @@ def _list_pairs(
         problems += head_faults(model_cfg, len(source.names))
         if not dataset.ann_file:  # with a list of names, files that it leaves out are no mistake
             problems += _count_faults(Path(dataset.data_prefix['img_path']), len(samples))
-            present |= {path for path in annotations if path.endswith(dataset.seg_map_suffix)}
+            suffix = '' if isinstance(dataset, MaskDataset) else dataset.seg_map_suffix
+            present |= {path for path in annotations if path.endswith(suffix)}
         for image, annotation in ((sample['img_path'], sample.get('seg_map_path')) for sample in samples):
             expected.add(annotation)
             if annotation is not None and annotation not in annotations:
@@ -305,16 +372,18 @@ def _smallest_scale(pipeline: Sequence[dict]) -> tuple[int, int] | None:
     return None
 
 
-def _count(split: Split, source: _Source, image: str, counts: np.ndarray) -> None:
-    """Add what an annotation holds, (256,) pixels of each value in its file."""
-    labels = np.bincount(source.labels, weights=counts, minlength=256).astype(np.int64)
-    split.pixels += int(counts.sum())
-    split.ignored_pixels += int(labels[IGNORE_INDEX])
-    present = np.flatnonzero(labels[: len(source.names)])
+def _count(split: Split, source: _Source, image: str, counts: dict[int, int]) -> None:
+    """Add what an annotation holds, the pixels of each value in its file."""
+    labels: Counter[int] = Counter()
+    for label, pixels in zip(source.labels_of(counts), counts.values(), strict=True):
+        labels[label] += pixels
+    split.pixels += sum(counts.values())
+    split.ignored_pixels += labels[source.ignore_index]
+    present = [label for label in labels if 0 <= label < len(source.names)]
     for label in present:
-        split.classes[source.names[label]]['pixels'] += int(labels[label])
+        split.classes[source.names[label]]['pixels'] += labels[label]
         split.classes[source.names[label]]['files'] += 1
-    if not present.size:
+    if not present:
         split.without_labels.append(image)
 
 

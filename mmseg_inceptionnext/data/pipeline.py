@@ -13,7 +13,7 @@ from mmseg_inceptionnext.errors import UserError
 # Swin's protocol, which the paper's UperNet figures (Table 6) follow: these sizes, and the mirror image of each.
 TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
-_GROUND_TRUTH_TRANSFORMS = ('LoadAnnotations', 'CheckAnnotation')
+GROUND_TRUTH_TRANSFORMS = ('LoadAnnotations', 'CheckAnnotation', 'ReadMask')
 
 
 def leaf_datasets(dataset_cfg: dict) -> list[dict]:
@@ -45,7 +45,7 @@ def remove_ground_truth(dataset_cfg: dict) -> None:
     """Remove the ground truth from every data set inside a config, in place."""
     for leaf in leaf_datasets(dataset_cfg):
         leaf.data_prefix.pop('seg_map_path', None)
-        leaf.pipeline = [t for t in leaf.pipeline if t.type not in _GROUND_TRUTH_TRANSFORMS]
+        leaf.pipeline = [t for t in leaf.pipeline if t.type not in GROUND_TRUTH_TRANSFORMS]
 
 
 def use_multi_scale(dataset_cfg: dict) -> None:
@@ -101,5 +101,5 @@ def _multi_scale_views(pipeline: list[dict]) -> tuple[list[dict], list[list[dict
 def pipeline_for_arrays(pipeline: list[dict]) -> list[dict]:
     """Return a test pipeline for images in memory, without ground truth."""
     loaders = ('ReadImage', 'LoadImageFromFile', 'LoadImageFromNDArray')
-    kept = [t for t in pipeline if t.type not in (*loaders, *_GROUND_TRUTH_TRANSFORMS)]
+    kept = [t for t in pipeline if t.type not in (*loaders, *GROUND_TRUTH_TRANSFORMS)]
     return [dict(type='LoadImageFromNDArray'), *kept]

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
+from mmseg_inceptionnext.data.mask_coding import mask_numbers
 from mmseg_inceptionnext.data.prefetch import map_ahead
 from mmseg_inceptionnext.data.transforms import THIN_FAULT, channels_fault, depth_fault, size_fault
 from mmseg_inceptionnext.errors import UserError
@@ -35,20 +36,27 @@ class Pair:
     Attributes:
         digest: Hash of the image's file; None where it cannot be opened.
         size: (width, height) of the image, in its EXIF orientation; None where it cannot be decoded.
-        counts: (256,) pixels of each value in the annotation's file; None without a readable one that fits the image.
+        counts: Pixels of each value in the annotation's file: ids, or colours as 0xRRGGBB; None without a readable one
+            that fits the image.
         palette: The annotation has a palette, and its values are indices into it.
         wrong: What cannot be trained on, as (file, reason).
     """
 
     digest: bytes | None = None
     size: tuple[int, int] | None = None
-    counts: np.ndarray | None = None
+    counts: dict[int, int] | None = None
     palette: bool = False
     wrong: list[tuple[str, str]] = field(default_factory=list)
 
 
-def read_pair(image: str, annotation: str | None) -> Pair:
-    """Decode an image and, if there is one, its annotation; raise nothing, whatever the files hold."""
+def read_pair(image: str, annotation: str | None, masks: str | None = None) -> Pair:
+    """Decode an image and, if there is one, its annotation; raise nothing, whatever the files hold.
+
+    Args:
+        image, annotation: Paths.
+        masks: What annotations hold: 'ids' of 16 bits or 'colours', as a MaskDataset reads them; default: ids of 8
+            bits, as mmseg's LoadAnnotations does.
+    """
     pair = Pair()
     with _noting(pair.wrong, image):
         content = _content(image)
@@ -57,24 +65,29 @@ def read_pair(image: str, annotation: str | None) -> Pair:
     if annotation is not None:
         with _noting(pair.wrong, annotation), _opened(_content(annotation)) as stored:
             stored.load()
-            if fault := depth_fault(stored):
+            if masks is None and (fault := depth_fault(stored)):
                 raise UserError(fault)
-            if len(stored.getbands()) > 1:
+            if masks is None and len(stored.getbands()) > 1:
                 raise UserError(channels_fault(len(stored.getbands())))
             if 1 in stored.size:
                 raise UserError(THIN_FAULT)
             if pair.size and stored.size != pair.size:
                 raise UserError(size_fault(stored.size, image, pair.size))
             pair.palette = stored.mode == 'P'
-            if stored.mode in ('L', 'P'):  # as LoadAnnotations reads them, a palette's indices
-                pair.counts = np.array(stored.histogram())
-            else:  # 1 and 16 bits, cast to 8
-                pair.counts = np.bincount(np.asarray(stored).astype(np.uint8).ravel(), minlength=256)
+            if stored.mode in ('L', 'P') and masks != 'colours':  # a palette's indices
+                pixels = np.array(stored.histogram())
+                values = np.flatnonzero(pixels)
+                pixels = pixels[values]
+            elif masks is None:  # 1 and 16 bits, cast to 8
+                values, pixels = np.unique(np.asarray(stored).astype(np.uint8), return_counts=True)
+            else:
+                values, pixels = np.unique(mask_numbers(stored, masks == 'colours'), return_counts=True)
+            pair.counts = dict(zip(values.tolist(), pixels.tolist(), strict=True))
     return pair
 
 
 @contextmanager
-def pair_reader(workers: int) -> Iterator[Callable[[list[tuple[str, str | None]]], Iterator[Pair]]]:
+def pair_reader(workers: int) -> Iterator[Callable[[list[tuple[str, str | None, str | None]]], Iterator[Pair]]]:
     """Yield a function that applies :func:`read_pair` to a list, in several processes.
 
     Results come in the list's order, and are read a few ahead of their use: memory does not grow with the list.
@@ -138,19 +151,21 @@ def _leave_signals_to_parent() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _read_in(pool: ProcessPoolExecutor, workers: int, pairs: list[tuple[str, str | None]]) -> Iterator[Pair]:
+def _read_in(
+    pool: ProcessPoolExecutor, workers: int, pairs: list[tuple[str, str | None, str | None]]
+) -> Iterator[Pair]:
     pending = deque()
     chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
     try:
         for _, chunk in map_ahead(pool, _read_pairs, chunks, 2 * workers, pending):
             yield from chunk
     except BrokenProcessPool as error:
-        lost = [image for chunk, future in pending if not future.done() or future.exception() for image, _ in chunk]
+        lost = [image for chunk, future in pending if not future.done() or future.exception() for image, *_ in chunk]
         raise UserError(
             f'a process that reads files was killed, perhaps out of memory, on one of {", ".join(lost)} or its '
             'annotation: check these files, or try workers=1'
         ) from error
 
 
-def _read_pairs(pairs: list[tuple[str, str | None]]) -> list[Pair]:
+def _read_pairs(pairs: list[tuple[str, str | None, str | None]]) -> list[Pair]:
     return list(starmap(read_pair, pairs))

@@ -29,6 +29,7 @@ class ReadImage(BaseTransform):
         to_float32, ignore_empty, backend_args: Arguments of LoadImageFromFile.
         color_type, imdecode_backend: Arguments of LoadImageFromFile; only 'color' images are read, whose pixels are the
             same from 'cv2' and 'pillow'.
+        channels: Argument of :func:`~mmseg_inceptionnext.images.read_image`; 3 channels become BGR, as mmseg's are.
 
     Raises:
         UserError: An argument has another value.
@@ -36,13 +37,14 @@ class ReadImage(BaseTransform):
     """
 
     def __init__(self, to_float32: bool = False, color_type: str = 'color', imdecode_backend: str = 'pillow',
-                 ignore_empty: bool = False, backend_args: dict | None = None):  # fmt: skip
+                 ignore_empty: bool = False, backend_args: dict | None = None, channels: int = 3):  # fmt: skip
         for name, value, known in (
             ('color_type', color_type, ('color',)), ('imdecode_backend', imdecode_backend, ('pillow', 'cv2')),
         ):  # fmt: skip
             if value not in known:
                 raise UserError(f'ReadImage: {name}={value!r} is not one of {known}: take LoadImageFromFile')
         self.to_float32, self.ignore_empty, self.backend_args = to_float32, ignore_empty, backend_args
+        self.channels = channels
 
     def __repr__(self) -> str:
         settings = (f'{name}={value!r}' for name, value in vars(self).items())
@@ -50,12 +52,13 @@ class ReadImage(BaseTransform):
 
     def transform(self, results: dict) -> dict | None:
         try:
-            image = read_image(local_or_content(results['img_path'], self.backend_args))
+            image = read_image(local_or_content(results['img_path'], self.backend_args), self.channels)
         except OSError:  # UnreadableFile is one
             if self.ignore_empty:
                 return None
             raise
-        image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+        if self.channels == 3:
+            image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
         if self.to_float32:
             image = image.astype(np.float32)
         shape = image.shape[:2]

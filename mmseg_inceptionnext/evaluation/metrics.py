@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from mmengine.evaluator import BaseMetric
@@ -12,7 +13,7 @@ from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
 from PIL import Image
 
-from mmseg_inceptionnext.labels import IGNORE_INDEX
+from mmseg_inceptionnext.labels import Classes, codes_of_meta, ignore_index_of
 
 # Metrics of a whole test set, in percent, and their long names.
 HEADLINE = {'mIoU': 'mean IoU', 'mAcc': 'mean accuracy', 'aAcc': 'pixel accuracy'}
@@ -22,12 +23,24 @@ HEADLINE = {'mIoU': 'mean IoU', 'mAcc': 'mean accuracy', 'aAcc': 'pixel accuracy
 class PerClassIoUMetric(IoUMetric):
     """mmseg's IoUMetric, which also keeps the IoU and accuracy of each class.
 
+    The label maps that it writes are in the coding of the data set's annotations.
+
     Attributes:
         figures (dict): After an evaluation, what :func:`~mmseg_inceptionnext.evaluation.evaluate` returns; on rank 0
             alone.
     """
 
     figures: dict = {}
+
+    def process(self, data_batch, data_samples: Sequence[dict]) -> None:
+        folder, self.output_dir = self.output_dir, None  # mmseg would write labels + 1, or labels
+        super().process(data_batch, data_samples)
+        self.output_dir = folder
+        for sample in data_samples if folder else ():
+            names = tuple(self.dataset_meta['classes'])
+            labels = sample['pred_sem_seg']['data'].squeeze(0).cpu().numpy()
+            coded = Classes(names, (), codes_of_meta(self.dataset_meta, len(names))).encode(labels)
+            Image.fromarray(coded).save(Path(folder, f'{Path(sample["img_path"]).stem}.png'))
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         metrics = super().compute_metrics(results)
@@ -55,7 +68,8 @@ class EvaluatedImage:
 
     Attributes:
         path: Path of the image.
-        truth_png, prediction_png: Label maps at the size of the image, as PNG files; IGNORE_INDEX where unlabelled.
+        truth_png, prediction_png: Label maps at the size of the image, as PNG files; unlabelled pixels have
+            :func:`~mmseg_inceptionnext.labels.ignore_index_of` the number of classes.
         pairs: (K, 3) int64: true class, predicted class, pixels. Pairs without pixels are left out.
     """
 
@@ -81,36 +95,42 @@ class EvaluatedImage:
 class ConfusionMetric(BaseMetric):
     """Keeps an :class:`EvaluatedImage` for each test image; mmseg's IoUMetric keeps only areas.
 
+    Args:
+        ignore_index: Label of pixels that are not counted, as that of the IoUMetric.
+
     Attributes:
         images (list): All images, after an evaluation; on rank 0 alone.
     """
 
     images: Sequence[EvaluatedImage] = ()
 
+    def __init__(self, ignore_index: int = 255, **kwargs):
+        super().__init__(**kwargs)
+        self.ignore_index = ignore_index
+
     def process(self, data_batch, data_samples: Sequence[dict]) -> None:
+        unlabelled = ignore_index_of(len(self.dataset_meta['classes']))
+        dtype = np.min_scalar_type(unlabelled)
         for sample in data_samples:
-            truth, prediction = (
-                sample[key]['data'].squeeze(0).cpu().numpy().astype(np.uint8) for key in ('gt_sem_seg', 'pred_sem_seg')
-            )
-            self.results.append(
-                EvaluatedImage(sample['img_path'], _png(truth), _png(prediction), confused_pairs(truth, prediction))
-            )
+            truth, prediction = (sample[key]['data'].squeeze(0).cpu().numpy() for key in ('gt_sem_seg', 'pred_sem_seg'))
+            truth = np.where(truth == self.ignore_index, unlabelled, truth).astype(dtype)
+            pairs = confused_pairs(truth, prediction, unlabelled)
+            self.results.append(EvaluatedImage(sample['img_path'], _png(truth), _png(prediction.astype(dtype)), pairs))
 
     def compute_metrics(self, results: list[EvaluatedImage]) -> dict:
         self.images = results
         return {}
 
 
-def confused_pairs(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """Count the pixels of each pair of true and predicted class in two (H, W) uint8 label maps; skip unlabelled ones.
+def confused_pairs(truth: np.ndarray, prediction: np.ndarray, unlabelled: int = 255) -> np.ndarray:
+    """Count the pixels of each pair of true and predicted class in two (H, W) label maps; skip unlabelled ones.
 
     Returns:
         (K, 3) int64: true class, predicted class, pixels.
     """
-    labelled = truth != IGNORE_INDEX
-    pixels = np.bincount(truth[labelled].astype(np.int64) * 256 + prediction[labelled], minlength=1)
-    codes = np.flatnonzero(pixels)
-    return np.stack([codes // 256, codes % 256, pixels[codes]], axis=1)
+    labelled = truth != unlabelled
+    codes, pixels = np.unique(truth[labelled].astype(np.int64) << 16 | prediction[labelled], return_counts=True)
+    return np.stack([codes >> 16, codes & 0xFFFF, pixels], axis=1)
 
 
 def total_confusion(images: Sequence[EvaluatedImage], num_classes: int) -> np.ndarray:

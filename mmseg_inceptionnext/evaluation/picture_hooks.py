@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mmcv
 import numpy as np
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
@@ -13,6 +12,7 @@ from mmseg.structures import SegDataSample
 from PIL import Image
 
 from mmseg_inceptionnext.drawing import draw_comparison
+from mmseg_inceptionnext.images import local_or_content, read_image
 
 
 @HOOKS.register_module()
@@ -57,7 +57,7 @@ class ValidationSamplesHook(Hook):
 
 def comparison_of_sample(sample: SegDataSample, meta: dict) -> Image.Image:
     """Draw the comparison of a predicted sample, with the classes and palette of its data set's ``meta``."""
-    image = mmcv.imread(sample.img_path, channel_order='rgb')  # turned by EXIF as in the pipeline
+    image = read_image(local_or_content(sample.img_path))  # turned by EXIF as in the pipeline
     truth, prediction = (
         sample.get(key).data.squeeze(0).cpu().numpy() if key in sample else None
         for key in ('gt_sem_seg', 'pred_sem_seg')

@@ -28,7 +28,8 @@ from PIL import Image
 from mmseg_inceptionnext.device import device_name
 from mmseg_inceptionnext.drawing import draw_overlay
 from mmseg_inceptionnext.evaluation.metrics import HEADLINE, EvaluatedImage, ious, total_confusion
-from mmseg_inceptionnext.labels import IGNORE_INDEX
+from mmseg_inceptionnext.images import local_or_content, read_image
+from mmseg_inceptionnext.labels import ignore_index_of
 from mmseg_inceptionnext.version import __version__
 
 _PANEL_SIDE = 480  # pixels of the longer side: an image of four panels takes about 100 kB
@@ -171,8 +172,8 @@ def _panels(image: EvaluatedImage, classes: Sequence[str], palette: Sequence[tup
     truth, prediction = (
         np.asarray(Image.open(io.BytesIO(png))).astype(np.int64) for png in (image.truth_png, image.prediction_png)
     )
-    pixels = mmcv.imread(image.path, channel_order='rgb')
-    labelled = truth != IGNORE_INDEX
+    pixels = read_image(local_or_content(image.path))
+    labelled = truth != ignore_index_of(len(classes))
     errors = np.full_like(pixels, 255)
     errors[labelled] = np.where((truth == prediction)[labelled, None], _RIGHT, _WRONG)
     pictures = {

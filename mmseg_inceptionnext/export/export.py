@@ -26,7 +26,7 @@ from mmseg_inceptionnext.files import atomic_write
 from mmseg_inceptionnext.images import read_image
 from mmseg_inceptionnext.inference.onnx_model import Contract, OnnxModel, check_resize, import_onnx, is_onnx
 from mmseg_inceptionnext.inference.segmentor import load_trained
-from mmseg_inceptionnext.models.build import LARGEST_STRIDE
+from mmseg_inceptionnext.models.build import LARGEST_STRIDE, channels_of
 from mmseg_inceptionnext.version import __version__
 
 # How far a logit may be from mmseg's, relative to the largest. Half precision has 11 bits and rounds in every layer.
@@ -97,9 +97,13 @@ def export(
     if precision == 'fp16':
         module = module.half()
     contract = Contract(
-        found, labels, dtype, None if dynamic else tuple(shape), prepare, model.align_corners, precision
-    )
-    pictures = [*_random_images(verify, shape, dynamic), *(_real_image(path, contract) for path in images)]
+        found, labels, dtype, None if dynamic else tuple(shape), prepare, model.align_corners, precision,
+        channels_of(model),
+    )  # fmt: skip
+    pictures = [
+        *_random_images(verify, contract.channels, shape, dynamic),
+        *(_real_image(path, contract) for path in images),
+    ]
     with _quiet():
         program = _trace(module, contract, shape)
         with atomic_write(out) as path:
@@ -121,20 +125,22 @@ def resize_transforms(pipeline: list[dict]) -> tuple[dict, ...]:
         ) from error
 
 
-def _random_images(number: int, shape: tuple[int, int], dynamic: bool) -> Iterator[np.ndarray]:
-    """Yield images (N, 3, H, W) uint8; if ``dynamic``, one to three at a time, of sizes that no stride divides."""
+def _random_images(number: int, channels: int, shape: tuple[int, int], dynamic: bool) -> Iterator[np.ndarray]:
+    """Yield images (N, C, H, W) uint8; if ``dynamic``, one to three at a time, of sizes that no stride divides."""
     generator = np.random.default_rng(0)
     for i in range(number):
         count, height, width = (1 + i % 3, shape[0] + 7 * i, shape[1] + 29 * i) if dynamic else (1, *shape)
-        yield generator.integers(256, size=(count, 3, height, width), dtype=np.uint8)
+        yield generator.integers(256, size=(count, channels, height, width), dtype=np.uint8)
 
 
 def _real_image(path: str | Path, contract: Contract) -> np.ndarray:
     pipeline = contract.pipeline()
     if contract.shape:
         pipeline[1:-1] = [dict(type='Resize', scale=contract.shape[::-1])]
-    bgr = np.ascontiguousarray(read_image(path)[..., ::-1])
-    pixels = Compose(pipeline)(dict(img=bgr))['inputs'].flip(0)
+    is_rgb = contract.channels == 3
+    pixels = read_image(path, contract.channels)
+    pixels = Compose(pipeline)(dict(img=np.ascontiguousarray(pixels[..., ::-1] if is_rgb else pixels)))['inputs']
+    pixels = pixels.flip(0) if is_rgb else pixels
     if min(pixels.shape[1:]) < LARGEST_STRIDE:
         raise UserError(f'{path} is too thin: no side may be shorter than {LARGEST_STRIDE} pixels')
     return pixels[None].numpy()
@@ -154,10 +160,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _trace(module: ExportableSegmentor, contract: Contract, shape: tuple[int, int]) -> ExportedProgram:
-    sizes, example = None, torch.zeros(1, 3, *shape)
+    sizes, example = None, torch.zeros(1, contract.channels, *shape)
     if contract.shape is None:
         # Sizes of 0 and 1 would be taken for constants: two images, of two positions in the last feature map.
-        example = torch.zeros(2, 3, *(max(side, 2 * LARGEST_STRIDE) for side in shape))
+        example = torch.zeros(2, contract.channels, *(max(side, 2 * LARGEST_STRIDE) for side in shape))
         sizes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
     with torch.no_grad():
         return torch.export.export(module, (example.to(getattr(torch, contract.dtype)),), dynamic_shapes=sizes)
@@ -236,11 +242,12 @@ def mmseg_logits(model: EncoderDecoder, images: np.ndarray) -> Tensor:
 
     Args:
         model: The segmentor, on the CPU.
-        images: (N, 3, H, W) uint8, RGB.
+        images: (N, C, H, W) uint8; RGB, if they have 3 channels.
 
     Returns:
         (N, classes, H, W).
     """
-    bgr = list(torch.from_numpy(images).flip(1))
-    inputs = model.data_preprocessor(dict(inputs=bgr), False)['inputs']
+    stored = torch.from_numpy(images)
+    bgr = stored.flip(1) if images.shape[1] == 3 else stored
+    inputs = model.data_preprocessor(dict(inputs=list(bgr)), False)['inputs']
     return model.encode_decode(inputs, [dict(img_shape=inputs.shape[2:])] * len(inputs))

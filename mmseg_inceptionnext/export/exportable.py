@@ -49,8 +49,8 @@ class ExportableSegmentor(nn.Module):
         fold_norms(model)
         preprocessor, self.labels = model.data_preprocessor, labels
         self.is_bgr = _takes_bgr(preprocessor)
-        self.register_buffer('mean', preprocessor.mean if preprocessor._enable_normalize else torch.zeros(3, 1, 1))
-        self.register_buffer('std', preprocessor.std if preprocessor._enable_normalize else torch.ones(3, 1, 1))
+        self.register_buffer('mean', preprocessor.mean if preprocessor._enable_normalize else torch.zeros(1, 1, 1))
+        self.register_buffer('std', preprocessor.std if preprocessor._enable_normalize else torch.ones(1, 1, 1))
         self.backbone, self.neck = model.backbone, model.neck if model.with_neck else nn.Identity()
         self.align_corners = model.align_corners
         self.head = model.decode_head
@@ -99,6 +99,8 @@ def _takes_bgr(preprocessor: nn.Module) -> bool:
 
     It is tried on a black and a blue pixel: the attribute has a different name in each distribution of mmseg.
     """
+    if preprocessor._enable_normalize and len(preprocessor.mean) != 3:
+        return False
     pixels = torch.tensor([[0, 255], [0, 0], [0, 0]])[:, None]  # (3, 1, 2)
     black, blue = preprocessor(dict(inputs=[pixels]))['inputs'][0, 0, 0]
     return (black != blue).item()

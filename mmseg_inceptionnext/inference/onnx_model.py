@@ -17,7 +17,7 @@ from mmseg.structures import SegDataSample
 
 from mmseg_inceptionnext.errors import MissingPackage, UserError, first_sentence
 from mmseg_inceptionnext.inference.label_map_segmentor import label_map
-from mmseg_inceptionnext.labels import Classes
+from mmseg_inceptionnext.labels import Classes, classes_of_meta
 
 DTYPES = {'uint8': 'tensor(uint8)', 'float32': 'tensor(float)'}  # input dtypes, and ONNX Runtime's names
 # Transforms of a test pipeline that a file may ask for, and their arguments.
@@ -54,6 +54,7 @@ class Contract:
         prepare: How images are resized before: Resize and ResizeToMultiple of the config's test pipeline.
         align_corners: Whether up-sampling aligns corners.
         precision: Dtype of the weights: 'fp32' or 'fp16'.
+        channels: Channels of the input: 3 are RGB.
     """
 
     classes: Classes
@@ -63,15 +64,18 @@ class Contract:
     prepare: tuple[dict, ...]
     align_corners: bool
     precision: str
+    channels: int = 3
 
     def metadata(self, versions: dict[str, str]) -> dict[str, str]:
         """Return the metadata of a file: JSON under each key, but plain text under ``format``."""
         height, width = self.shape or (None, None)
+        channels = 'RGB' if self.channels == 3 else self.channels
         facts = dict(
             classes=self.classes.names,
             palette=self.classes.palette,
+            codes=self.classes.codes,
             reduce_zero_label=self.classes.reduce_zero_label,
-            input=dict(layout='NCHW', channels='RGB', range=[0, 255], dtype=self.dtype, height=height, width=width),
+            input=dict(layout='NCHW', channels=channels, range=[0, 255], dtype=self.dtype, height=height, width=width),
             output='labels' if self.labels else 'logits',
             prepare=self.prepare,
             align_corners=self.align_corners,
@@ -92,22 +96,17 @@ class Contract:
         try:
             facts = {key: json.loads(text) for key, text in metadata.items() if key != 'format'}
             taken = facts['input']
-            names = tuple(map(str, facts['classes']))
-            palette = tuple((int(red), int(green), int(blue)) for red, green, blue in facts['palette'])
-            if (
-                len(names) != len(palette)
-                or taken['dtype'] not in DTYPES
-                or facts['output'] not in ('labels', 'logits')
-            ):
+            if taken['dtype'] not in DTYPES or facts['output'] not in ('labels', 'logits'):
                 raise ValueError('unknown values')
             return cls(
-                classes=Classes(names, palette, bool(facts['reduce_zero_label'])),
+                classes=classes_of_meta(facts),
                 labels=facts['output'] == 'labels',
                 dtype=taken['dtype'],
                 shape=_pair((taken['height'], taken['width'])) if taken['height'] is not None else None,
                 prepare=tuple(map(check_resize, facts['prepare'])),
                 align_corners=bool(facts['align_corners']),
                 precision=str(facts['precision']),
+                channels=3 if taken['channels'] == 'RGB' else int(taken['channels']),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
@@ -214,7 +213,9 @@ class OnnxModel:
         Returns:
             The samples, with ``pred_sem_seg`` (1, height, width), int64.
         """
-        images = torch.stack(list(data['inputs'])).flip(1)
+        images = torch.stack(list(data['inputs']))
+        if self.contract.channels == 3:
+            images = images.flip(1)
         results = torch.from_numpy(self.run(images.numpy()))
         for result, sample in zip(results, data['data_samples'], strict=True):
             if self.contract.labels:

@@ -17,7 +17,6 @@ from mmseg_inceptionnext.data.prefetch import map_ahead
 from mmseg_inceptionnext.drawing import add_legend
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.files import atomic_write
-from mmseg_inceptionnext.images import read_image
 from mmseg_inceptionnext.inference.segmentor import Segmentation, Segmentor
 from mmseg_inceptionnext.inference.sources import Output, Source
 
@@ -59,6 +58,8 @@ def predict(
         more = f' and {len(existing) - 1} more' if len(existing) > 1 else ''
         raise UserError(f'{existing[0]}{more} exist already: pass overwrite=True, or choose another out=DIR')
     images = [source for source in sources if not source.is_video]
+    if segmentor.channels != 3 and (videos := [source.path for source in sources if source.is_video]):
+        raise UserError(f'{videos[0]} has 3 channels, but the model takes {segmentor.channels}')
     failures = _predict_images(segmentor, images, output, batch_size, on_progress)
     for source in sources:
         if source.is_video:
@@ -79,7 +80,7 @@ def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Out
 
     def read(source: Source) -> dict | None:
         try:
-            return segmentor.prepare(read_image(source.path))
+            return segmentor.prepare(segmentor.read(source.path))
         except UserError as error:
             failures[str(source.path)] = str(error).removeprefix(f'{source.path}: ')
             return None

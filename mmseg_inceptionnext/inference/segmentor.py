@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,22 +18,22 @@ from mmseg.models.segmentors import EncoderDecoder
 from PIL import Image
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
-from mmseg_inceptionnext.config import read_config, require
+from mmseg_inceptionnext.config_files import read_config, require
 from mmseg_inceptionnext.data.pipeline import leaf_datasets, pipeline_for_arrays
 from mmseg_inceptionnext.device import find_device
 from mmseg_inceptionnext.drawing import add_legend, draw_overlay
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.images import read_image
+from mmseg_inceptionnext.images import as_rgb, read_image
 from mmseg_inceptionnext.inference.onnx_model import OnnxModel, is_onnx
 from mmseg_inceptionnext.inference.optimize import optimize_for_inference
 from mmseg_inceptionnext.labels import (
     Classes,
     check_num_classes,
     classes_of_checkpoint,
+    codes_of_checkpoint,
     read_classes,
-    reduces_zero_label,
 )
-from mmseg_inceptionnext.models.build import LARGEST_STRIDE, build_segmentor
+from mmseg_inceptionnext.models.build import LARGEST_STRIDE, build_segmentor, channels_of
 from mmseg_inceptionnext.models.weights import load_segmentor
 
 
@@ -92,7 +93,7 @@ class Segmentation:
     def label_image(self) -> Image.Image:
         """Return the label map in the coding of the data set's annotations: for ADE20K label + 1, 0 being unlabelled.
 
-        The image is grey, of 8 bits, or of 16 where 8 cannot hold all classes.
+        The image is grey, of 8 bits, or of 16 where 8 cannot hold all ids; or in colours, where the annotations are.
         """
         return Image.fromarray(self.classes.encode(self.labels))
 
@@ -118,6 +119,7 @@ class Segmentor:
 
     Attributes:
         classes: Names, colours and coding of the classes.
+        channels: Channels of the images that it takes.
         device: The device that the model runs on.
 
     Raises:
@@ -138,6 +140,7 @@ class Segmentor:
             return
         self.device = find_device(device)
         cfg, model, self.classes = load_trained(config, checkpoint, classes)
+        self.channels = channels_of(model)
         model = model.to(self.device)
         self._model = optimize_for_inference(model) if fast and isinstance(model, EncoderDecoder) else model
         self._pipeline = Compose(pipeline_for_arrays(leaf_datasets(cfg.test_dataloader.dataset)[0].pipeline))
@@ -151,10 +154,12 @@ class Segmentor:
         init_default_scope('mmseg')
         self.device = torch.device('cpu')
         self._model = OnnxModel(path)
+        self.channels = self._model.contract.channels
         self.classes = self._model.contract.classes
         if classes is not None:
-            self.classes = read_classes(classes, self.classes.reduce_zero_label)
-            check_num_classes(self.classes.names, len(self._model.contract.classes.names), str(classes))
+            named = read_classes(classes)
+            check_num_classes(named.names, len(self.classes.names), str(classes))
+            self.classes = dataclasses.replace(named, codes=self.classes.codes)
         self._pipeline = Compose(self._model.contract.pipeline())
 
     def __call__(
@@ -175,17 +180,21 @@ class Segmentor:
             UserError: An image cannot be read.
         """
         if not isinstance(images, (list, tuple)):
-            return self.predict([self.prepare(read_image(images))])[0]
+            return self.predict([self.prepare(self.read(images))])[0]
         if batch_size < 1:
             raise ValueError(f'batch_size={batch_size} must be at least 1')
         results = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
-            results += self.predict([self.prepare(read_image(image)) for image in batch])
+            results += self.predict([self.prepare(self.read(image)) for image in batch])
         return results
 
+    def read(self, source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+        """Read an image with :func:`~mmseg_inceptionnext.images.read_image`, with the model's number of channels."""
+        return read_image(source, self.channels)
+
     def prepare(self, image: np.ndarray) -> dict:
-        """Apply the test pipeline to an image (H, W, 3) uint8, RGB, for :meth:`predict`; several threads may call this.
+        """Apply the test pipeline to an image (H, W, channels) uint8, RGB, for :meth:`predict`, in any thread.
 
         Raises:
             UserError: A side is too short at the test scale.
@@ -193,7 +202,8 @@ class Segmentor:
         height, width = image.shape[:2]
         seen = (0, 0)
         with suppress(cv2.error, ZeroDivisionError):  # a side resized to 0 pixels
-            packed = self._pipeline(dict(img=np.ascontiguousarray(image[..., ::-1])))  # mmseg's pipelines are BGR
+            # mmseg's pipelines are BGR
+            packed = self._pipeline(dict(img=np.ascontiguousarray(image[..., ::-1] if self.channels == 3 else image)))
             seen = packed['inputs'].shape[1:]
         if min(seen) < LARGEST_STRIDE:
             raise UserError(
@@ -212,7 +222,7 @@ class Segmentor:
             data = {key: [prepared[i][key] for i in indices] for key in ('inputs', 'data_samples')}
             for index, sample in zip(indices, self._model.test_step(data), strict=True):
                 labels = sample.pred_sem_seg.data[0].to('cpu', torch.int16).numpy()
-                results[index] = Segmentation(prepared[index]['image'], labels, self.classes)
+                results[index] = Segmentation(as_rgb(prepared[index]['image']), labels, self.classes)
         return [results[index] for index in range(len(prepared))]
 
 
@@ -229,7 +239,8 @@ def load_trained(
     if classes is None:
         found = classes_of_checkpoint(content, checkpoint)
     else:
-        found = read_classes(classes, reduce_zero_label=reduces_zero_label(content))
+        found = read_classes(classes)
+        found = dataclasses.replace(found, codes=codes_of_checkpoint(content, len(found.names)))
     model = build_segmentor(cfg)
     load_segmentor(model, content, checkpoint)
     check_num_classes(found.names, model.decode_head.num_classes, str(classes if classes is not None else checkpoint))

@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg_inceptionnext.config import read_config
+from mmseg_inceptionnext.config_files import read_config
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.models.build import LARGEST_STRIDE, build_segmentor
+from mmseg_inceptionnext.models.build import LARGEST_STRIDE, build_segmentor, channels_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _count_gmacs(model: nn.Module, shape: tuple[int, int]) -> dict[str, float]:
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False, depth=2) as counter,
     ):
-        model.to('meta')(torch.empty(1, 3, *shape, device='meta'), mode='tensor')
+        model.to('meta')(torch.empty(1, channels_of(model), *shape, device='meta'), mode='tensor')
     by_module = counter.get_flop_counts()
     backbone, neck = (
         sum(by_module.get(f'{type(model).__name__}.{part}', {}).values()) / 2e9 for part in ('backbone', 'neck')

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from mmseg_inceptionnext.config import find_config
+from mmseg_inceptionnext.config_files import find_config
 
 
 class PaperRow(NamedTuple):

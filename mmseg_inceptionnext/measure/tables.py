@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import yaml
+
 from mmseg_inceptionnext.command_line import markdown_table
+from mmseg_inceptionnext.config_files import recipe_names, shipped_folder
 from mmseg_inceptionnext.measure.complexity import Complexity
 from mmseg_inceptionnext.measure.paper import paper_row
 from mmseg_inceptionnext.measure.speed import Speed
@@ -60,3 +63,17 @@ def speed_table(rows: Sequence[Speed]) -> str:
 
 def _difference(measured: float, printed: float) -> str:
     return f'{round(measured - printed, 1) + 0.0:+.1f}'  # + 0.0: no negative zero
+
+
+def recipes_table() -> str:
+    """List all shipped configs, with their parameters and the mIoU on ADE20K that the paper prints."""
+    parameters = {}
+    for file in shipped_folder('configs').rglob('metafile.yaml'):
+        for model in yaml.safe_load(file.read_text(encoding='utf-8'))['Models']:
+            parameters[model['Name']] = model['Metadata']['Parameters'] / 1e6
+    rows = []
+    for name in recipe_names():
+        paper = paper_row(name)
+        million = parameters.get(name, paper.params if paper else None)
+        rows.append([name, '–' if million is None else f'{million:.0f}', f'{paper.miou}' if paper else '–'])
+    return markdown_table(['config', 'parameters (M)', "paper's mIoU"], rows)

@@ -17,7 +17,7 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import nn
 
-from mmseg_inceptionnext.config import read_config, set_data_root
+from mmseg_inceptionnext.config import override, read_config, set_data_root
 from mmseg_inceptionnext.data.check import check_data
 from mmseg_inceptionnext.device import device_name, peak_memory_mb
 from mmseg_inceptionnext.inference.optimize import optimize_for_inference
@@ -50,6 +50,7 @@ class Setting:
         layout: 'nchw', 'channels_last', or 'best': the faster of the two for each config.
         fast: Measure what ``optimize_for_inference`` returns, in the layout that it chooses; for the backbone, the
             forward pass alone.
+        data: Data file of a data set of one's own, to which every config is fitted.
     """
 
     task: str = 'fps'
@@ -61,6 +62,7 @@ class Setting:
     compile: bool = False
     layout: str | None = None
     fast: bool = False
+    data: str | None = None
 
 
 class TimedModel:
@@ -68,6 +70,7 @@ class TimedModel:
 
     def __init__(self, config: str, setting: Setting, checkpoint: str | None):
         self.cfg, self.setting, self.device = read_config(config), setting, get_device()
+        override(self.cfg, data=setting.data)
         _set_precision(setting.precision)
         self.batch_size, self.shape = self._sizes()
         self.model = self._build(checkpoint)
@@ -144,7 +147,7 @@ class TimedModel:
         return number * self.batch_size / (time.perf_counter() - start - aside)
 
     def _fps_steps(self, memory_format: torch.memory_format) -> dict[str, Callable]:
-        batches = self._synthetic_batches() if self.setting.data_root is None else self._real_batches()
+        batches = self._synthetic_batches() if self._has_no_images else self._real_batches()
         autocast = _autocast(self.device, self.setting.precision)
 
         def step() -> float:
@@ -159,14 +162,23 @@ class TimedModel:
 
         return {'fps': step}
 
+    @property
+    def _channels(self) -> int:
+        return self.cfg.model.backbone.get('in_channels', 3)
+
+    @property
+    def _has_no_images(self) -> bool:
+        return self.setting.data_root is None and self.setting.data is None
+
     def _synthetic_batches(self) -> Iterator[tuple[torch.Tensor, list[SegDataSample]]]:
-        inputs = torch.randn(self.batch_size, 3, *self.shape, device=self.device)
+        inputs = torch.randn(self.batch_size, self._channels, *self.shape, device=self.device)
         meta = dict(ori_shape=self.shape, img_shape=self.shape, pad_shape=self.shape)
         while True:
             yield inputs, [SegDataSample(metainfo=meta) for _ in range(self.batch_size)]
 
     def _real_batches(self) -> Iterator[tuple[torch.Tensor, list[SegDataSample]]]:
-        set_data_root(self.cfg, self.setting.data_root)
+        if self.setting.data_root is not None:
+            set_data_root(self.cfg, self.setting.data_root)
         check_data(self.cfg, 'test')
         # No workers: preprocessing is not timed, and a daemonic process may not start any.
         here = dict(batch_size=self.batch_size, num_workers=0, persistent_workers=False)
@@ -181,7 +193,7 @@ class TimedModel:
         if self.setting.precision in ('bf16', 'fp16') and cfg.optim_wrapper.type == 'OptimWrapper':
             cfg.optim_wrapper.update(amp_optim_wrapper(bfloat16=self.setting.precision == 'bf16'))
         optim_wrapper = build_optim_wrapper(self.model, cfg.optim_wrapper)
-        images = torch.randint(256, (self.batch_size, 3, *self.shape), dtype=torch.uint8)
+        images = torch.randint(256, (self.batch_size, self._channels, *self.shape), dtype=torch.uint8)
         labels = torch.randint(self.model.num_classes, (self.batch_size, 1, *self.shape))
         meta = dict(ori_shape=self.shape, img_shape=self.shape, pad_shape=self.shape)
         samples = [SegDataSample(metainfo=meta, gt_sem_seg=PixelData(data=label)) for label in labels]
@@ -193,7 +205,7 @@ class TimedModel:
         return {'fps': step}
 
     def _backbone_steps(self, memory_format: torch.memory_format) -> dict[str, Callable]:
-        inputs = torch.randn(self.batch_size, 3, *self.shape, device=self.device).contiguous(
+        inputs = torch.randn(self.batch_size, self._channels, *self.shape, device=self.device).contiguous(
             memory_format=memory_format
         )
         backbone, autocast = self.model.backbone, _autocast(self.device, self.setting.precision)

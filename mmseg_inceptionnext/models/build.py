@@ -10,6 +10,7 @@ from mmengine.dist import get_world_size
 from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
+from torch import nn
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.models.weights import load_segmentor
@@ -38,3 +39,8 @@ def build_segmentor(cfg: Config, checkpoint: str | Path | None = None) -> BaseMo
     if checkpoint is not None:
         load_segmentor(model, read_checkpoint(checkpoint), checkpoint)
     return model
+
+
+def channels_of(model: nn.Module) -> int:
+    """Return the number of channels of a segmentor's input images."""
+    return getattr(model.backbone, 'in_channels', 3)

@@ -1,26 +1,28 @@
 """Find weights, check every key, load them.
 
 There are two kinds: ImageNet weights of the backbone (:func:`load_pretrained`) and trained segmentors
-(:func:`load_segmentor`). Both fail closed: a partial match is an error, never a warning.
+(:func:`load_segmentor`). Both fail closed: a partial match is an error, never a warning. Only to fine-tune
+(:func:`load_for_finetuning`) may heads differ, and what was taken over is said.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import timm
 import torch
-from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from mmseg_inceptionnext.checkpoints.download import NO_NETWORK, download
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
+from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.distributed import fetch_on_rank_zero_first
 from mmseg_inceptionnext.errors import UserError, first_sentence
+from mmseg_inceptionnext.labels import classes_of_checkpoint
 from mmseg_inceptionnext.models.archs import recognise_arch
 
 # Where training programs put the weights in a checkpoint. As in timm, an averaged model goes before the raw one.
@@ -61,11 +63,10 @@ def load_pretrained(backbone: nn.Module, source: str) -> None:
         raise UserError(f'{path} does not fit the backbone{_recognised(loaded)}: {problems}')
 
     backbone.load_state_dict({key: value for key, value in loaded.items() if key in expected}, strict=False)
-    print_log(
+    say(
         f'Loaded {len(loaded) - len(left_over)} tensors into the backbone from {path}'
         + (f'; left over: {len(left_over)} of the classifier or of stages not built' if left_over else '')
-        + (f'; out-norms not in the file, kept as initialised: {len(missing_norms)} tensors' if missing_norms else ''),
-        logger='current',
+        + (f'; out-norms not in the file, kept as initialised: {len(missing_norms)} tensors' if missing_norms else '')
     )
 
 
@@ -116,6 +117,69 @@ def check_fits(model: nn.Module, checkpoint: dict, path: str | Path) -> None:
     if problems:
         backbone = {k.removeprefix('backbone.'): v for k, v in state_dict.items() if k.startswith('backbone.')}
         raise UserError(f'{path} does not fit the config{_recognised(backbone)}: {problems}')
+
+
+def load_for_finetuning(model: nn.Module, path: str | Path, class_names: Sequence[str]) -> str:
+    """Load what fits of another trained segmentor, whatever its classes: backbone, neck, heads.
+
+    The backbones must be the same. Of a classifier, the rows of classes that have the same name in both are taken
+    over; the others stay as they are.
+
+    Args:
+        model: A segmentor, possibly wrapped for distributed training.
+        path: Path of the checkpoint.
+        class_names: Names of the model's classes.
+
+    Returns:
+        What was loaded and what was not, in one line.
+
+    Raises:
+        UserError: It cannot be read, is no segmentor, or its backbone is another.
+    """
+    content = read_checkpoint(path)
+    found = _tensors(content.get('state_dict', content))
+    expected = (model.module if is_model_wrapper(model) else model).state_dict()
+    backbone = {key for key in expected if key.startswith('backbone.')}
+    if not any(key.startswith('decode_head.') for key in found):
+        raise UserError(f'{path} holds no trained segmentor: weights={str(path)!r} loads a backbone')
+    theirs = {key: value for key, value in found.items() if key.startswith('backbone.')}
+    if problems := _differences({key: expected[key] for key in backbone}, theirs):
+        arch = _recognised({key.removeprefix('backbone.'): value for key, value in theirs.items()})
+        raise UserError(f'{path} has another backbone{arch}: {problems}')
+
+    try:
+        there = [name.lower() for name in classes_of_checkpoint(content, path).names]
+    except UserError:
+        there = []
+    here = [name.strip().lower() for name in class_names]
+    rows = [(i, there.index(name)) for i, name in enumerate(here) if name in there]
+    taken, new = 0, []
+    for key, tensor in expected.items():
+        other = found.get(key)
+        if (
+            'conv_seg.' in key
+            and other is not None
+            and len(tensor) == len(here)
+            and other.shape[1:] == tensor.shape[1:]
+        ):
+            for i, j in rows:
+                tensor[i].copy_(other[j])
+        elif other is not None and other.shape == tensor.shape and _is_plain(other):
+            tensor.copy_(other)
+            taken += 1
+        else:
+            new.append(key)
+    names = [class_names[i].strip() for i, _ in rows]
+    parts = [f'{taken} of {len(expected)} tensors']
+    parts.append(f'the classifier rows of {len(rows)} of {len(here)} classes' + (f' ({_some(names)})' if rows else ''))
+    text = f'Taken over from {path}: {" and ".join(parts)}'
+    if not there:
+        text += '; it does not say what its classes are'
+    if new:
+        text += f'; new: {len(new)} tensors, such as {_some(new)}'
+    if left := [key for key in found if key not in expected]:
+        text += f'; left out: {len(left)} tensors, such as {_some(left)}'
+    return text
 
 
 def load_segmentor(model: nn.Module, checkpoint: dict, path: str | Path) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from mmengine.dist import get_world_size
+from mmengine.hooks import ParamSchedulerHook
 from mmengine.runner import IterBasedTrainLoop, ValLoop
 from mmseg.registry import LOOPS
 
@@ -69,19 +70,41 @@ class TolerantValLoop(ValLoop):
         runner.call_hook('before_val')
         runner.call_hook('before_val_epoch')
         runner.model.eval()
-        if reason := self._predict():
+        metrics: dict = {}
+        try:
+            reason = self._predict()
+            if not reason:
+                metrics, reason = self._evaluate()
+        finally:
+            # On every way out: EMAHook has swapped the weights, and swaps them back.
+            self._end_epoch(metrics)
+        if reason:
             self._give_up(reason)
             return {}
+        runner.call_hook('after_val')
+        return metrics
+
+    def _evaluate(self) -> tuple[dict, str]:
+        """Return the metrics, and what went wrong or an empty string."""
         try:
-            metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
+            return self.evaluator.evaluate(len(self.dataloader.dataset)), ''
         except Exception:
             if get_world_size() > 1:  # the others are waiting for the metrics of rank 0
                 raise
-            self._give_up(traceback.format_exc())
-            return {}
-        runner.call_hook('after_val_epoch', metrics=metrics)
-        runner.call_hook('after_val')
-        return metrics
+            return {}, traceback.format_exc()
+
+    def _end_epoch(self, metrics: dict) -> None:
+        """Call ``after_val_epoch`` of every hook; without metrics, those that need them are passed over."""
+        if metrics:
+            self.runner.call_hook('after_val_epoch', metrics=metrics)
+            return
+        for hook in self.runner.hooks:
+            try:
+                if isinstance(hook, ParamSchedulerHook):
+                    continue  # it would step a scheduler that waits for a metric
+                hook.after_val_epoch(self.runner, metrics={})
+            except Exception as error:
+                self.runner.logger.warning(f'{type(hook).__name__} needs metrics ({type(error).__name__}: {error})')
 
     def _predict(self) -> str:
         """Predict all images; return what went wrong on one of the ranks, or an empty string."""

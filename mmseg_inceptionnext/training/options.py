@@ -16,6 +16,14 @@ class TrainOptions:
             is none yet, the run starts from the beginning, so that a job script can always ask to resume.
         amp: Mixed precision, see :func:`~mmseg_inceptionnext.training.mixed_precision.amp_optim_wrapper`.
         seed: Seed of all random numbers. Default: the config's, on resuming the checkpoint's, else a random one.
+        epochs, iters: Length of the run, in passes over the training images, or in iterations; warm-up, decay,
+            checkpoints and validations follow. Default: the config's.
+        finetune: Checkpoint of another segmentor to start from, see
+            :func:`~mmseg_inceptionnext.models.weights.load_for_finetuning`.
+        class_weights: 'auto' weighs the classes in the loss, see
+            :func:`~mmseg_inceptionnext.data.class_weights.use_class_weights`.
+        ema: Validate and save an exponential moving average of the weights.
+        early_stop: Stop after so many validations without a better one.
         auto_batch: Accumulate gradients so that the recipe's batch holds, see
             :func:`~mmseg_inceptionnext.training.batch.split_recipe_batch`.
         skip_bad_images: Replace training images that cannot be read by others, instead of stopping.
@@ -27,6 +35,12 @@ class TrainOptions:
     resume: str | bool = False
     amp: bool = False
     seed: int | None = None
+    epochs: int | None = None
+    iters: int | None = None
+    finetune: str | None = None
+    class_weights: str | None = None
+    ema: bool = False
+    early_stop: int | None = None
     auto_batch: bool = False
     skip_bad_images: bool = False
     strategy: str = 'ddp'

@@ -13,7 +13,8 @@ import torch
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
-from mmengine.hooks import CheckpointHook, Hook, LoggerHook
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook, LoggerHook
+from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, FlexibleRunner, Runner, ValLoop
 from mmengine.visualization import Visualizer
@@ -21,14 +22,21 @@ from mmseg.registry import HOOKS, LOOPS, RUNNERS
 from torch import nn
 from torch.utils.data import DataLoader
 
+from mmseg_inceptionnext.console import is_quiet, quieten, say
 from mmseg_inceptionnext.data.guard import CurrentFiles, guard_pipelines
 from mmseg_inceptionnext.distributed import any_rank
 from mmseg_inceptionnext.errors import BadSample, UserError, first_sentence, one_line
 from mmseg_inceptionnext.files import DISK_FULL_ERRNOS, atomic_write
 from mmseg_inceptionnext.models.build import build_segmentor
+from mmseg_inceptionnext.models.weights import load_for_finetuning
 from mmseg_inceptionnext.training.hooks.checkpoint import SafeCheckpointHook
+from mmseg_inceptionnext.training.hooks.early_stopping import ResumableEarlyStoppingHook  # noqa: F401  registers
+from mmseg_inceptionnext.training.hooks.repeat_validation import RepeatValidationHook
 from mmseg_inceptionnext.training.hooks.stop_on_signal import StopOnSignalHook
 from mmseg_inceptionnext.training.signals import StopSignal, disable_sigchld_handler, ignore_signals_in_worker
+
+# What takes the place of mmengine's hooks.
+_OUR_HOOKS = {CheckpointHook: 'SafeCheckpointHook', EarlyStoppingHook: 'ResumableEarlyStoppingHook'}
 
 
 class FaultTolerantMixin:
@@ -40,8 +48,9 @@ class FaultTolerantMixin:
       config, training images that cannot be read are replaced by others. If a worker dies, its file is named.
     - A full disk costs logs and pictures, but does not stop the run.
 
-    :class:`SafeCheckpointHook` and :class:`TolerantValLoop` replace mmengine's CheckpointHook and ValLoop, even where
-    the config does not name them; the saved config is not changed.
+    :class:`SafeCheckpointHook`, :class:`ResumableEarlyStoppingHook` and :class:`TolerantValLoop` replace mmengine's
+    CheckpointHook, EarlyStoppingHook and ValLoop, even where the config does not name them; the saved config is not
+    changed. A checkpoint that was saved just before a validation is resumed with that validation.
 
     Attributes:
         stop_signal: The signal that this process has received.
@@ -78,7 +87,7 @@ class FaultTolerantMixin:
         super().dump_config()
         if isinstance(self.model, dict):  # FlexibleRunner would leave it to its strategy
             self.model = self.build_model(self.model)
-        if self._load_from:
+        if self._load_from or self.cfg.get('finetune'):
             # All weights come from the checkpoint: pretrained ones need not be fetched only to be overwritten.
             (self.model.module if is_model_wrapper(self.model) else self.model).backbone.init_cfg = None
         try:
@@ -166,6 +175,18 @@ class FaultTolerantMixin:
             reason = f'{type(error).__name__}: {first_sentence(error)}'
             raise UserError(f'{filename} cannot be resumed ({reason}): start anew, or from another one') from error
 
+    def build_logger(self, *args, **kwargs) -> MMLogger:
+        logger = super().build_logger(*args, **kwargs)
+        if is_quiet():
+            quieten(logger)
+        return logger
+
+    def load_or_resume(self) -> None:
+        """Load the checkpoint to resume from, or ``finetune`` of the config."""
+        super().load_or_resume()
+        if self.cfg.get('finetune') and not self._resume:
+            say(load_for_finetuning(self.model, self.cfg.finetune, self.train_dataloader.dataset.metainfo['classes']))
+
     def build_model(self, model: dict | nn.Module) -> nn.Module:
         return model if isinstance(model, nn.Module) else build_segmentor(self.cfg)
 
@@ -200,13 +221,14 @@ class FaultTolerantMixin:
         return super().build_val_loop(loop)
 
     def register_hook(self, hook: dict | Hook, *args, **kwargs) -> None:
-        if isinstance(hook, dict) and HOOKS.get(hook['type']) is CheckpointHook:
-            hook = dict(hook, type='SafeCheckpointHook')
+        if isinstance(hook, dict) and (ours := _OUR_HOOKS.get(HOOKS.get(hook['type']))):
+            hook = dict(hook, type=ours)
         super().register_hook(hook, *args, **kwargs)
 
     def register_hooks(self, *args, **kwargs) -> None:
         super().register_hooks(*args, **kwargs)
         self.register_hook(StopOnSignalHook())
+        self.register_hook(RepeatValidationHook())
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
         """Call a method of every hook; in training, one that fails because the disk is full is logged and skipped."""

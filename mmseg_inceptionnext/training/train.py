@@ -10,23 +10,29 @@ from collections import Counter
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.dist import all_gather_object, is_main_process
-from mmengine.logging import print_log
+from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
-from mmseg_inceptionnext.config import require
-from mmseg_inceptionnext.data.check import check_data
+from mmseg_inceptionnext.config_files import require
+from mmseg_inceptionnext.console import is_quiet, say
+from mmseg_inceptionnext.data.check import check_data, open_dataset
+from mmseg_inceptionnext.data.class_weights import read_counts, use_class_weights
+from mmseg_inceptionnext.data.inspection import inspect_data
+from mmseg_inceptionnext.data.pipeline import leaf_datasets
+from mmseg_inceptionnext.device import available_cores
 from mmseg_inceptionnext.distributed import init_process_group, rank
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.models.build import build_segmentor
-from mmseg_inceptionnext.models.weights import check_fits
+from mmseg_inceptionnext.models.weights import check_fits, load_for_finetuning
 from mmseg_inceptionnext.training.batch import effective_batch, split_recipe_batch
 from mmseg_inceptionnext.training.dry_run import Plan, dry_run
 from mmseg_inceptionnext.training.fsdp import check_fsdp
+from mmseg_inceptionnext.training.hooks.progress import ProgressHook
 from mmseg_inceptionnext.training.mixed_precision import amp_optim_wrapper, check_amp
 from mmseg_inceptionnext.training.options import TrainOptions
 from mmseg_inceptionnext.training.resume import ResumePoint, find_resume_point
 from mmseg_inceptionnext.training.runner import FaultTolerantMixin, SafeFlexibleRunner, SafeRunner
+from mmseg_inceptionnext.training.schedule import set_iterations
 
 
 def train(cfg: Config, options: TrainOptions = TrainOptions()) -> FaultTolerantMixin:
@@ -73,6 +79,17 @@ def check(cfg: Config, options: TrainOptions) -> None:
         raise UserError('train_cfg counts epochs: set train_cfg.type to IterBasedTrainLoop, and max_iters')
     if options.seed is not None and not 0 <= options.seed < 2**32:
         raise UserError(f'seed={options.seed} must be from 0 to {2**32 - 1}')
+    if options.finetune and options.weights:
+        raise UserError('finetune=FILE brings the backbone, too: drop weights')
+    if options.finetune and options.strategy == 'fsdp':
+        raise UserError("finetune=FILE goes with strategy='ddp' alone")
+    if options.class_weights not in (None, 'auto'):
+        raise UserError(f"class_weights={options.class_weights!r} is not 'auto'")
+    for name in ('epochs', 'iters', 'early_stop'):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f'{name}={value} must be a positive whole number')
+    if options.epochs and options.iters:
+        raise UserError(f'epochs={options.epochs} and iters={options.iters} both say how long to train: drop one')
     for section, key in (('train_dataloader', 'batch_size'), ('train_cfg', 'max_iters'), ('train_cfg', 'val_interval')):
         value = cfg[section].get(key)
         if value is not None and not (isinstance(value, int) and value > 0):
@@ -115,7 +132,13 @@ def apply(cfg: Config, options: TrainOptions) -> ResumePoint | None:
         cfg.optim_wrapper.accumulative_counts = batch // micro_batch
         cfg.train_cfg.update(type='AccumulatingTrainLoop', micro_batch_size=micro_batch)
     elif warning := effective_batch(cfg).warning:
-        print_log(warning, logger='current', level=logging.WARNING)
+        say(warning, logging.WARNING)
+    set_iterations(cfg, options)
+    if options.finetune:
+        cfg.finetune = options.finetune
+    if options.class_weights:
+        use_class_weights(cfg, _class_pixels(cfg))
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *_optional_hooks(cfg, options)]
     cfg.default_hooks = {
         'checkpoint': dict(type='CheckpointHook', by_epoch=False, interval=1000), **(cfg.get('default_hooks') or {})
     }  # fmt: skip
@@ -124,11 +147,39 @@ def apply(cfg: Config, options: TrainOptions) -> ResumePoint | None:
         return None
     point = find_resume_point(cfg, None if options.resume is True else options.resume)
     if point is None:
-        print_log(f'No checkpoint in {cfg.work_dir} yet: training starts from the beginning', logger='current')
+        say(f'No checkpoint in {cfg.work_dir} yet: training starts from the beginning')
         return None
     # mmengine restores the seed only after it has built the sampler with another one.
     cfg.randomness = {'seed': point.seed, **cfg.get('randomness', {})}
     return point
+
+
+def _class_pixels(cfg: Config) -> dict[str, int]:
+    """Return the pixels of each class in the training masks: those that `check` has kept, or count them."""
+    pixels = [None]
+    if is_main_process():
+        pixels = [read_counts(cfg)]
+        if pixels[0] is None:
+            say('counting the pixels of each class …')
+            found = inspect_data(cfg, available_cores(), splits=('train',))
+            pixels = [{name: count['pixels'] for name, count in found.splits['train'].classes.items()}]
+    broadcast_object_list(pixels)
+    return pixels[0]
+
+
+def _optional_hooks(cfg: Config, options: TrainOptions) -> list[dict]:
+    hooks = []
+    if options.ema:
+        # A momentum that falls in the first twentieth of the run, so that short runs are not averaged with their start.
+        gamma = max(1, cfg.train_cfg.max_iters // 20)
+        hooks.append(dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=0.0005, gamma=gamma))
+    if options.early_stop:
+        monitor = ((cfg.get('default_hooks') or {}).get('checkpoint') or {}).get('save_best') or 'mIoU'
+        monitor = monitor[0] if isinstance(monitor, (list, tuple)) else monitor
+        hooks.append(
+            dict(type='EarlyStoppingHook', monitor=monitor, rule='greater', min_delta=0.0, patience=options.early_stop)
+        )
+    return hooks
 
 
 def make_runner(cfg: Config, point: ResumePoint | None) -> FaultTolerantMixin:
@@ -140,7 +191,12 @@ def make_runner(cfg: Config, point: ResumePoint | None) -> FaultTolerantMixin:
     source = cfg.get('load_from')
     if point is None and source is not None:  # to fine-tune; mmengine would silently load a partial match
         check_fits(build_segmentor(cfg), read_checkpoint(source), source)
+    if point is None and cfg.get('finetune'):  # an early error
+        names = open_dataset(leaf_datasets(cfg.train_dataloader.dataset)[0]).metainfo['classes']
+        load_for_finetuning(build_segmentor(cfg), cfg.finetune, names)
     runner = (SafeFlexibleRunner if cfg.get('strategy') else SafeRunner).from_cfg(cfg)
+    if is_quiet():
+        runner.register_hook(ProgressHook((cfg.default_hooks.get('logger') or {}).get('interval', 50)))
     _check_same_on_all_ranks(point, runner.work_dir)
     if point is None:
         if is_main_process():

@@ -55,7 +55,8 @@ class SafeCheckpointHook(CheckpointHook):
             remove_partial_files(Path(self.out_dir))
 
     def after_train(self, runner) -> None:
-        if self._unsaved and not self.by_epoch:
+        stopped_early = runner.iter < runner.max_iters
+        if self._unsaved or stopped_early:
             self.save(runner, runner.iter)
         if self._unsaved:
             raise UserError(

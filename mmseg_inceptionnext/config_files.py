@@ -1,0 +1,86 @@
+"""Find and read config files, and find one's way in them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+
+from mmseg_inceptionnext.errors import MissingFile, UserError
+
+
+def read_config(path: str | Path) -> Config:
+    """Read a config file as it is.
+
+    Args:
+        path: Path of a config, or name of one that the package ships, such as 'upernet/inceptionnext_t'.
+
+    Raises:
+        UserError: There is no such config, or it cannot be read.
+    """
+    path = find_config(path)
+    try:
+        return Config.fromfile(path)
+    except Exception as error:  # a config is a program of the user's: it can raise anything
+        reason = next(iter(str(error).strip().splitlines()), '')
+        raise UserError(f'{path} cannot be read as a config: {type(error).__name__}: {reason}') from error
+
+
+def find_config(path: str | Path) -> Path:
+    """Return the path of a config, given its path or the last parts of a shipped config's path.
+
+    Raises:
+        UserError: There is none, or several shipped ones have that name.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    wanted = Path(str(path).removesuffix('.py')).parts
+    root = shipped_folder('configs')
+    configs = sorted(p for p in root.rglob('*.py') if '_base_' not in p.parts)
+    found = [p for p in configs if p.relative_to(root).with_suffix('').parts[-len(wanted) :] == wanted]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ', '.join(str(p.relative_to(root).with_suffix('')) for p in found)
+        raise UserError(f'{path} is the name of several configs: say which of {names}')
+    close = difflib.get_close_matches('/'.join(wanted), recipe_names(), n=1)
+    meant = f'did you mean {close[0]}?' if close else 'name a shipped one, such as upernet/inceptionnext_t'
+    raise MissingFile(f'no config at {path.absolute()}: check the path, or {meant} (`train --list` prints all)')
+
+
+def recipe_names() -> list[str]:
+    """Return the names of all shipped configs, such as 'upernet/inceptionnext_t'."""
+    root = shipped_folder('configs')
+    return sorted(
+        path.relative_to(root).with_suffix('').as_posix() for path in root.rglob('*.py') if '_base_' not in path.parts
+    )
+
+
+def shipped_folder(folder: str) -> Path:
+    """Return the path of ``configs`` or ``tools``: inside the package in a wheel, beside it in a checkout.
+
+    In a checkout ``.mim`` holds links to them, which some file systems and archives do not keep.
+    """
+    package = Path(__file__).parent
+    inside = package / '.mim' / folder
+    return inside.resolve() if inside.is_dir() else package.parent / folder
+
+
+def require(cfg: Config, *keys: str) -> None:
+    """Check that a config has a dict or a list under each of some keys.
+
+    Raises:
+        UserError: A key is missing.
+    """
+    if lacking := [key for key in keys if not isinstance(cfg.get(key), (dict, list))]:
+        raise UserError(f'{cfg.filename} lacks {", ".join(lacking)}: inherit from a recipe under configs')
+
+
+def heads(model: ConfigDict) -> Iterator[ConfigDict]:
+    """Yield every head of a model's config: of cascades, and auxiliary ones."""
+    for name in ('decode_head', 'auxiliary_head'):
+        found = model.get(name) or []
+        yield from found if isinstance(found, list) else [found]

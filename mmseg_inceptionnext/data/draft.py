@@ -1,0 +1,186 @@
+"""Draft a data file from what lies in a folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from mmseg_inceptionnext.data.mask_coding import colour_of, mask_numbers
+from mmseg_inceptionnext.errors import MissingFile, UserError
+from mmseg_inceptionnext.images import IMAGE_SUFFIXES
+from mmseg_inceptionnext.labels import Code
+
+_SAMPLE = 50  # masks that are read for their ids
+_MOST_COLOURS = 256  # more are no classes, but shades
+_SPLIT_NAMES = {'train': ('train', 'training'), 'val': ('val', 'valid', 'validation'), 'test': ('test', 'testing')}
+
+
+@dataclass
+class _Layout:
+    """Folders of images and masks by split, relative to the root: (images, masks)."""
+
+    name: str
+    splits: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+
+def draft_data_file(folder: str | Path) -> str:
+    """Return a data file for a folder, as text, with the ids or colours that a sample of its masks holds.
+
+    The layouts that are known are ADE20K's, ``images/train`` with ``masks/train``, ``train`` with ``trainannot``,
+    Cityscapes', VOC's, and one folder with ``_mask`` names. The names of the classes are left to fill in.
+
+    Args:
+        folder: The folder of the data set.
+
+    Raises:
+        UserError: There is no such folder, or its layout is none of these.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise MissingFile(f'no folder at {root.absolute()}')
+    layout = _find_layout(root)
+    masks = _sample_masks(root, layout)
+    if not masks:
+        raise MissingFile(f'no mask in {root / layout.splits["train"][1]}')
+    is_colour, counts = _count(masks)
+    splits = {name: dict(images=images, masks=mask) for name, (images, mask) in layout.splits.items()}
+    content = dict(path=str(root.absolute()), **splits)
+    lines = [f'# {layout.name}; {len(masks)} masks were read. Replace the names of the classes by yours.']
+    lines.append(yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True).rstrip())
+    if 'val' not in splits:
+        lines.append('val_fraction: 0.1')
+    return '\n'.join([*lines, *_class_lines(is_colour, counts)]) + '\n'
+
+
+def ignoring(path: str | Path, codes: Sequence[Code]) -> str:
+    """Return the text of a data file that ignores more ids or colours."""
+    content = yaml.safe_load(Path(path).read_text(encoding='utf-8-sig'))
+    more = [list(code) if isinstance(code, (list, tuple)) else code for code in codes]
+    content['ignore_classes'] = [*(content.get('ignore_classes') or []), *more]
+    return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True)
+
+
+def _find_layout(root: Path) -> _Layout:
+    for find in (_cityscapes, _voc, _parallel_folders, _suffixed_folders, _one_folder):
+        if layout := find(root):
+            return layout
+    raise UserError(
+        f'{root} has none of the layouts that are known (images/train + masks/train, train + trainannot, ADE20K, '
+        'Cityscapes, VOC, one folder with _mask names): write the data file by hand'
+    )
+
+
+def _cityscapes(root: Path) -> _Layout | None:
+    images = {split: root / 'leftImg8bit' / split for split in ('train', 'val', 'test')}
+    if not images['train'].is_dir() or not (root / 'gtFine').is_dir():
+        return None
+    # …/leftImg8bit/train/aachen/aachen_0_leftImg8bit.png and …/gtFine/train/aachen/aachen_0_gtFine_labelIds.png
+    template = 'gtFine/{}/{{image_path.parent.name}}/{{image_path.stem[:-12]}}_gtFine_labelIds.png'
+    found = {split: (f'leftImg8bit/{split}', template.format(split)) for split, path in images.items() if path.is_dir()}
+    return _Layout('Cityscapes', found)
+
+
+def _voc(root: Path) -> _Layout | None:
+    if not (root / 'JPEGImages').is_dir() or not (root / 'SegmentationClass').is_dir():
+        return None
+    return _Layout('VOC', {'train': ('JPEGImages', 'SegmentationClass')})
+
+
+def _parallel_folders(root: Path) -> _Layout | None:
+    for images in ('images', 'image', 'imgs', 'img'):
+        for masks in ('masks', 'mask', 'annotations', 'labels', 'gt'):
+            if not _has_files(root / images) or not _has_files(root / masks):
+                continue
+            splits = {}
+            for split, names in _SPLIT_NAMES.items():
+                for name in names:
+                    if (root / images / name).is_dir() and (root / masks / name).is_dir():
+                        splits.setdefault(split, (f'{images}/{name}', f'{masks}/{name}'))
+            if 'train' in splits:
+                is_ade20k = splits['train'] == ('images/training', 'annotations/training')
+                return _Layout('ADE20K' if is_ade20k else f'{images}/train with {masks}/train', splits)
+            return _Layout(f'{images} with {masks}', {'train': (images, masks)})
+    return None
+
+
+def _suffixed_folders(root: Path) -> _Layout | None:
+    for suffix in ('annot', '_masks', '_labels', 'masks', 'labels', '_annotations'):
+        splits = {}
+        for split, names in _SPLIT_NAMES.items():
+            for name in names:
+                if (root / name).is_dir() and (root / f'{name}{suffix}').is_dir():
+                    splits.setdefault(split, (name, f'{name}{suffix}'))
+        if 'train' in splits:
+            return _Layout(f'train with train{suffix}', splits)
+    splits = {}  # train/images with train/masks
+    for split, names in _SPLIT_NAMES.items():
+        for name in names:
+            if (root / name / 'images').is_dir() and (root / name / 'masks').is_dir():
+                splits.setdefault(split, (f'{name}/images', f'{name}/masks'))
+    return _Layout('train/images with train/masks', splits) if 'train' in splits else None
+
+
+def _one_folder(root: Path) -> _Layout | None:
+    for suffix in ('_mask', '_label', '_gt', '-mask'):
+        found = [path for path in _files(root) if path.stem.endswith(suffix)]
+        if found:
+            template = f'{{image_path.parent}}/{{image_path.stem}}{suffix}{found[0].suffix}'
+            return _Layout(f'one folder, masks end in {suffix}', {'train': ('.', template)})
+    return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+
+
+def _has_files(folder: Path) -> bool:
+    return folder.is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob('*'))
+
+
+def _sample_masks(root: Path, layout: _Layout) -> list[Path]:
+    masks = layout.splits['train'][1]
+    folder, template, _ = masks.partition('{')
+    tail = masks.rpartition('}')[2] if template else ''
+    files = [
+        path for path in _files(root / (folder.rpartition('/')[0] if template else masks)) if path.name.endswith(tail)
+    ]
+    at = np.unique(np.linspace(0, len(files) - 1, _SAMPLE).round().astype(int)) if files else ()
+    return [files[i] for i in at]
+
+
+def _count(masks: list[Path]) -> tuple[bool, dict[int, float]]:
+    """Return whether masks hold colours, and the share of the pixels of each id or colour."""
+    with Image.open(masks[0]) as first:
+        is_colour = len(first.getbands()) > 1
+    pixels: Counter[int] = Counter()
+    for path in masks:
+        try:
+            with Image.open(path) as mask:
+                numbers, counts = np.unique(mask_numbers(mask, is_colour), return_counts=True)
+        except Exception as error:
+            raise UserError(f'{path} cannot be read as a mask: {error}') from error
+        pixels.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
+        if is_colour and len(pixels) > _MOST_COLOURS:
+            raise UserError(f'{path}: the masks hold more than {_MOST_COLOURS} colours: those of JPEGs are no classes')
+    total = sum(pixels.values())
+    return is_colour, {number: pixels[number] / total for number in sorted(pixels)}
+
+
+def _class_lines(is_colour: bool, shares: dict[int, float]) -> list[str]:
+    lines = ['classes:']
+    for i, (number, share) in enumerate(shares.items()):
+        if is_colour:
+            entry = f'  {i}: {{name: class_{i}, labels: [{list(colour_of(number))}]}}'
+        elif number == 255 and len(shares) > 2:
+            continue  # ignored, unless a class names it
+        else:
+            entry = f'  {number}: class_{number}'
+        lines.append(f'{entry}  # {share:.2%} of the pixels')
+    lines.append('ignore_classes: []')
+    return lines

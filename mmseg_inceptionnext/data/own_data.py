@@ -1,0 +1,268 @@
+"""Fit a recipe to the data set of a data file."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.config import Config, ConfigDict
+from PIL import ExifTags, Image
+
+from mmseg_inceptionnext.config_files import heads, require, shipped_folder
+from mmseg_inceptionnext.data.data_file import SPLITS, DataFile, Folders, read_data_file
+from mmseg_inceptionnext.data.mask_dataset import MaskDataset
+from mmseg_inceptionnext.data.pipeline import GROUND_TRUTH_TRANSFORMS
+from mmseg_inceptionnext.errors import MissingFile, UserError
+from mmseg_inceptionnext.labels import IGNORE_INDEX, ignore_index_of
+from mmseg_inceptionnext.models.archs import resolve_arch
+
+_SIZES_READ = 200  # images whose sizes are read to find the usual one
+_ADE20K_IMAGES = 20210  # for which the recipes' numbers of iterations are made
+
+
+def use_data_file(cfg: Config, source: str | Path | Mapping[str, Any]) -> list[str]:
+    """Fit a config to a data set, in place: all that follows from the classes, the images and their number.
+
+    Crop, test scale and iterations stay as they are where the config sets them itself, that is, where it differs from
+    the configs that it inherits from.
+
+    Args:
+        cfg: A whole config, as it was read from its file.
+        source: Data file, see :func:`~mmseg_inceptionnext.data.data_file.read_data_file`.
+
+    Returns:
+        What was set, a line each.
+
+    Raises:
+        UserError: The data file is wrong, or a split has no image.
+    """
+    data = read_data_file(source)
+    require(cfg, 'model', *(f'{split}_dataloader' for split in SPLITS), 'val_evaluator', 'test_evaluator', 'train_cfg')
+    own = _own_settings(cfg)
+    lines = [*_set_datasets(cfg, data), *_set_classes(cfg, data), *_set_channels(cfg, data.channels)]
+    size = _usual_size(cfg.train_dataloader.dataset)
+    lines += _set_sizes(cfg, size, own)
+    if not ({'train_cfg', 'param_scheduler'} & own.keys()):
+        lines += _set_epochs(cfg)
+    return lines
+
+
+def fit_channels(model: ConfigDict) -> None:
+    """Set ``in_channels`` of neck and heads to the backbone's output channels, in place; InceptionNeXt's alone."""
+    if model.backbone.get('type') != 'InceptionNeXt':
+        return
+    arch = resolve_arch(model.backbone.get('arch', 'tiny'))
+    outputs = [arch['channels'][i] for i in model.backbone.get('out_indices', (0, 1, 2, 3))]
+    if model.get('neck'):
+        if 'in_channels' in model.neck:
+            model.neck.in_channels = outputs
+        return
+    for head in heads(model):
+        index = head.get('in_index', -1)
+        if 'in_channels' in head:
+            head.in_channels = outputs[index] if isinstance(index, int) else [outputs[i] for i in index]
+
+
+def _own_settings(cfg: Config) -> dict[str, Any]:
+    """Return what a config file sets otherwise than the files that it inherits from.
+
+    Everything, if it inherits from none, as the config that a run saves.
+    """
+    path = Path(cfg.filename).resolve()
+    if shipped_folder('configs').resolve() in path.parents:
+        return {}  # a recipe
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    bases = next(
+        (ast.literal_eval(node.value) for node in tree.body
+         if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '_base_'), None
+    )  # fmt: skip
+    if bases is None:
+        return cfg.to_dict()
+    bases = [bases] if isinstance(bases, str) else bases
+    bases = [base if '::' in base else str(path.parent / base) for base in bases]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, 'bases.py')
+        file.write_text(f'_base_ = {bases!r}\n', encoding='utf-8')
+        inherited = Config.fromfile(file)
+    return _difference(cfg.to_dict(), inherited.to_dict())
+
+
+def _difference(ours: dict, theirs: dict) -> dict:
+    changed = {}
+    for key, value in ours.items():
+        other = theirs.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            if inner := _difference(value, other):
+                changed[key] = inner
+        elif value != other:
+            changed[key] = value
+    return changed
+
+
+def _set_datasets(cfg: Config, data: DataFile) -> Iterator[str]:
+    pipelines = {split: _pipeline(cfg, split) for split in SPLITS}
+    metainfo = dict(
+        classes=[cls.name for cls in data.classes],
+        palette=[list(cls.color) for cls in data.classes],
+        labels=[_plain(cls.codes) for cls in data.classes],
+        ignored=_plain(data.ignored),
+    )
+    for split in pipelines:
+        chosen = split if split in data.splits else 'val' if 'val' in data.splits else 'train'
+        dataset = dict(
+            type='MaskDataset',
+            data_root=str(data.path),
+            **_prefix(data.splits[chosen], data.path),
+            metainfo=metainfo,
+            ignore_index=ignore_index_of(len(data.classes)),
+            pipeline=_read_masks(pipelines[split], data.channels),
+        )
+        if data.val_fraction and chosen == 'train':
+            dataset.update(part='train' if split == 'train' else 'val', val_fraction=data.val_fraction)
+        # A copy: recipes take the same dataloader for validation and test.
+        cfg[f'{split}_dataloader'] = dict(copy.deepcopy(cfg[f'{split}_dataloader']), dataset=dataset)
+    if cfg.get('tta_pipeline'):
+        cfg.tta_pipeline = [dict(type='MultiScaleTest', pipeline=cfg.test_dataloader.dataset.pipeline)]
+    numbers = {}
+    for split in pipelines:
+        dataset = MaskDataset(**{**_arguments(cfg[f'{split}_dataloader'].dataset), 'pipeline': [], 'lazy_init': True})
+        numbers[split] = len(dataset.load_data_list())
+        if not numbers[split]:
+            raise MissingFile(f'{split}: there is no image in {dataset.images_folder}')
+    held_out = f', {data.val_fraction:.0%} of them held out for validation' if data.val_fraction else ''
+    yield f'data {data.path}: {numbers["train"]} train, {numbers["val"]} val, {numbers["test"]} test images{held_out}'
+
+
+def _arguments(dataset: ConfigDict) -> dict:
+    return {key: value for key, value in dataset.to_dict().items() if key != 'type'}
+
+
+def _plain(codes: tuple) -> list:
+    return [list(code) if isinstance(code, tuple) else code for code in codes]
+
+
+def _prefix(folders: Folders, root: Path) -> dict:
+    """Return the arguments of MaskDataset that say where images and masks lie."""
+    masks = folders.masks
+    if '{' not in masks:
+        return dict(data_prefix=dict(img_path=folders.images, seg_map_path=masks))
+    fixed = masks.partition('{')[0].rpartition('/')[0]
+    return dict(data_prefix=dict(img_path=folders.images, seg_map_path=fixed or folders.images), mask_template=masks)
+
+
+def _pipeline(cfg: Config, split: str) -> list[dict]:
+    dataset = cfg[f'{split}_dataloader'].dataset
+    while 'pipeline' not in dataset:
+        inner = dataset.get('dataset') or dataset.get('datasets')
+        dataset = inner[0] if isinstance(inner, list) else inner
+    return dataset.pipeline
+
+
+def _read_masks(pipeline: list[dict], channels: int) -> list[dict]:
+    """Return a pipeline that reads masks of a MaskDataset, and images of some channels."""
+    changed = []
+    for transform in pipeline:
+        if transform['type'] in GROUND_TRUTH_TRANSFORMS:
+            if not any(done['type'] == 'ReadMask' for done in changed):
+                changed.append(dict(type='ReadMask'))
+        elif channels != 3 and transform['type'] == 'PhotoMetricDistortion':
+            continue  # of colours
+        elif transform['type'] == 'ReadImage' and channels != 3:
+            changed.append(dict(transform, channels=channels))
+        else:
+            changed.append(copy.deepcopy(transform))
+    return changed
+
+
+def _set_classes(cfg: Config, data: DataFile) -> Iterator[str]:
+    number, ignore_index = len(data.classes), ignore_index_of(len(data.classes))
+    for head in heads(cfg.model):
+        if head.get('out_channels') == head.get('num_classes'):
+            head.pop('out_channels', None)
+        head.num_classes = number
+        if ignore_index != IGNORE_INDEX or 'ignore_index' in head:
+            head.ignore_index = ignore_index
+    if ignore_index != IGNORE_INDEX:
+        cfg.model.data_preprocessor.seg_pad_val = ignore_index
+        for transform in cfg.train_dataloader.dataset.pipeline:
+            if transform['type'] == 'RandomCrop':
+                transform['ignore_index'] = ignore_index
+    for name in ('val_evaluator', 'test_evaluator'):
+        for metric in cfg[name] if isinstance(cfg[name], list) else [cfg[name]]:
+            if ignore_index != IGNORE_INDEX or 'ignore_index' in metric:
+                metric['ignore_index'] = ignore_index
+    names = ', '.join(cls.name for cls in data.classes[:5]) + (', …' if number > 5 else '')
+    ignored = ', '.join(str(list(code) if isinstance(code, tuple) else code) for code in data.ignored)
+    yield f'{number} classes ({names}) in every head; ignored in the masks: {ignored or "nothing"}'
+
+
+def _set_channels(cfg: Config, channels: int) -> Iterator[str]:
+    fit_channels(cfg.model)
+    if channels == 3 and cfg.model.backbone.get('in_channels', 3) == 3:
+        return
+    preprocessor = cfg.model.data_preprocessor
+    for key in ('mean', 'std'):
+        if len(preprocessor[key]) != channels:
+            average = float(np.mean(preprocessor[key]))
+            preprocessor[key] = [*preprocessor[key], *[average] * channels][:channels] if channels > 3 else [average]
+    preprocessor.bgr_to_rgb = channels == 3
+    cfg.model.backbone.in_channels = channels
+    yield f'{channels} channels: in_channels of the backbone, mean and std (channels beyond colours have the average)'
+
+
+def _usual_size(dataset_cfg: ConfigDict) -> tuple[int, int]:
+    """Return the median (width, height) of the training images, in their EXIF orientation, from a sample of them."""
+    dataset = MaskDataset(**{**_arguments(dataset_cfg), 'pipeline': [], 'lazy_init': True})
+    paths = [sample['img_path'] for sample in dataset.load_data_list()]
+    sizes = []
+    for i in np.unique(np.linspace(0, len(paths) - 1, _SIZES_READ).round().astype(int)):
+        try:
+            with Image.open(paths[i]) as image:
+                turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+                sizes.append(image.size[::-1] if turned else image.size)
+        except Exception:  # a damaged one, which the check names
+            continue
+    if not sizes:
+        raise UserError(f'no image in {dataset.images_folder} can be read: `check` says why')
+    return tuple(sorted(sizes, key=lambda size: size[0] * size[1])[len(sizes) // 2])
+
+
+def _set_sizes(cfg: Config, size: tuple[int, int], own: dict) -> Iterator[str]:
+    """Set crop and test scale where images are smaller than the recipe's: they are not blown up."""
+    long, short = max(size), min(size)
+    resize = next((t for t in cfg.test_dataloader.dataset.pipeline if t['type'] == 'Resize'), None)
+    if resize is None or np.shape(resize.get('scale')) != (2,):
+        return
+    test_long, test_short = max(resize['scale']), min(resize['scale'])
+    side = min(test_short, short)
+    scale = (max(test_long * side // test_short, -(-long * side // short)), side)
+    is_own = {split: 'pipeline' in _leaf(own.get(f'{split}_dataloader')) for split in SPLITS}
+    for split in SPLITS:
+        if is_own[split]:
+            continue
+        for transform in cfg[f'{split}_dataloader'].dataset.pipeline:
+            if transform['type'] in ('Resize', 'RandomResize') and np.shape(transform.get('scale')) == (2,):
+                transform['scale'] = scale
+            elif transform['type'] == 'RandomCrop':
+                crop = tuple(max(32, min(limit, side // 32 * 32)) for limit in transform['crop_size'])
+                transform['crop_size'] = crop
+                cfg.model.data_preprocessor.size = crop
+                yield f'images of {size[0]}×{size[1]}: crops of {crop[1]}×{crop[0]}'
+    if not is_own['test']:
+        yield f'test scale {scale[0]}×{scale[1]}: images are shrunk to fit into it, or enlarged to a side of it'
+
+
+def _leaf(section: dict | None) -> dict:
+    return (section or {}).get('dataset') or {}
+
+
+def _set_epochs(cfg: Config) -> Iterator[str]:
+    """Let the run see each image as often as the recipe sees ADE20K's; training turns that into iterations."""
+    batch = (cfg.get('auto_scale_lr') or {}).get('base_batch_size') or cfg.train_dataloader.batch_size
+    cfg.epochs = max(1, round(cfg.train_cfg.max_iters * batch / _ADE20K_IMAGES))
+    yield f'{cfg.epochs} epochs, as the recipe has on ADE20K; at most its {cfg.train_cfg.max_iters} iterations'

@@ -1,0 +1,67 @@
+"""Change the number of iterations of a run, and all that depends on it."""
+
+from __future__ import annotations
+
+import math
+
+from mmengine.config import Config
+
+from mmseg_inceptionnext.console import say
+from mmseg_inceptionnext.data.check import list_samples, open_dataset
+from mmseg_inceptionnext.data.pipeline import leaf_datasets
+from mmseg_inceptionnext.training.batch import effective_batch
+from mmseg_inceptionnext.training.options import TrainOptions
+
+_FEWEST_ITERATIONS = 1000  # of a run whose length follows from its data
+
+# Arguments of mmengine's parameter schedulers that count iterations.
+_COUNTS = ('begin', 'end', 'T_max', 'step_size', 'total_steps', 'total_iters', 'milestones')
+
+
+def set_iterations(cfg: Config, options: TrainOptions) -> None:
+    """Set the number of iterations that options or a data file ask for, in place; it needs the effective batch."""
+    from_data = cfg.pop('epochs', None)
+    epochs = options.epochs or from_data
+    if options.iters:
+        stretch_schedule(cfg, options.iters)
+    elif epochs:
+        leaves = leaf_datasets(cfg.train_dataloader.dataset)
+        images, batch = sum(len(list_samples(open_dataset(leaf))) for leaf in leaves), effective_batch(cfg).images
+        iterations = math.ceil(epochs * images / batch)
+        if not options.epochs:
+            iterations = min(max(iterations, _FEWEST_ITERATIONS), cfg.train_cfg.max_iters)
+        stretch_schedule(cfg, iterations)
+        say(f'{iterations} iterations of {batch} images: {iterations * batch / images:.0f} epochs')
+
+
+def stretch_schedule(cfg: Config, iterations: int) -> None:
+    """Set the number of iterations, in place; warm-up, decay, checkpoints and validations keep their share of them."""
+    ratio = iterations / cfg.train_cfg.max_iters
+    last = cfg.train_cfg.max_iters
+    cfg.train_cfg.max_iters = iterations
+
+    def stretched(count: int) -> int:
+        return iterations if count == last else math.ceil(count * ratio)
+
+    schedulers = cfg.get('param_scheduler') or []
+    for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+        if scheduler.get('by_epoch', True):
+            continue
+        for key in _COUNTS:
+            value = scheduler.get(key)
+            if isinstance(value, (list, tuple)):
+                scheduler[key] = [stretched(count) for count in value]
+            elif isinstance(value, int):
+                scheduler[key] = stretched(value)
+    for section, key in (
+        (cfg.train_cfg, 'val_interval'),
+        (cfg.get('default_hooks', {}).get('checkpoint', {}), 'interval'),
+    ):
+        if isinstance(section.get(key), int) and section[key] > 0:
+            section[key] = max(1, stretched(section[key]))
+    if cfg.train_cfg.get('val_begin'):
+        cfg.train_cfg.val_begin = max(1, stretched(cfg.train_cfg.val_begin))
+    if cfg.train_cfg.get('dynamic_intervals'):
+        cfg.train_cfg.dynamic_intervals = [
+            (stretched(begin), max(1, stretched(interval))) for begin, interval in cfg.train_cfg.dynamic_intervals
+        ]
