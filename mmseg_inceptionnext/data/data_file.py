@@ -43,7 +43,10 @@ class Folders:
 
 @dataclass(frozen=True)
 class DataClass:
-    """A class of a data set: its name, what masks hold for it (ids or colours), and its colour in pictures (RGB)."""
+    """A class of a data set: its name, what masks hold for it (ids or colours), and its colour in pictures (RGB).
+
+    Label maps that are written hold the first of the codes.
+    """
 
     name: str
     codes: tuple[Code, ...]
@@ -91,15 +94,26 @@ def read_data_file(source: str | Path | Mapping[str, Any]) -> DataFile:
         raise type(error)(f'{where}: {error}') from error
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that stands twice; the last would win without a word."""
+
+    def construct_mapping(self, node, deep=False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        _no_duplicates(map(str, keys), 'the key {} stands twice')
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict:
     try:
-        content = yaml.safe_load(path.read_text(encoding='utf-8-sig'))
+        content = yaml.load(path.read_text(encoding='utf-8-sig'), _Loader)
     except FileNotFoundError as error:
         raise MissingFile(
             f'no data file at {path.absolute()}: `check FOLDER --write {path.name}` drafts one'
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path} cannot be read: {getattr(error, "strerror", None) or error}') from error
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from error
     except yaml.YAMLError as error:
         mark = getattr(error, 'problem_mark', None)
         line = f', line {mark.line + 1}' if mark else ''
@@ -197,9 +211,10 @@ def _classes(given, ignore, unlabelled: list[Code], base: Path) -> tuple[tuple[D
         given = dict(enumerate(given))
     if not isinstance(given, Mapping) or not given:
         raise UserError(f'classes: {given!r} is neither a list of names nor {{id: name}}')
+    _no_duplicates((_id(key, 'classes') for key in given), 'classes: the id {} stands twice')
     parsed = {_id(key, 'classes'): _class(key, value) for key, value in given.items()}
-    _no_duplicates((name for name, _, _ in parsed.values()), 'two classes have the name {!r}')
-    _no_duplicates((code for _, codes, _ in parsed.values() for code in codes), '{} belongs to two classes')
+    _no_duplicates((name for name, _, _ in parsed.values()), 'classes: two classes have the name {!r}')
+    _no_duplicates((code for _, codes, _ in parsed.values() for code in codes), 'classes: {} belongs to two classes')
     is_colour = {isinstance(code, tuple) for _, codes, _ in parsed.values() for code in codes}
     if len(is_colour) > 1:
         raise UserError('classes: some have ids and others colours: masks hold either')
@@ -224,9 +239,7 @@ def _classes(given, ignore, unlabelled: list[Code], base: Path) -> tuple[tuple[D
     elif _ALWAYS_IGNORED not in taken:
         ignored.append(_ALWAYS_IGNORED)
     classes = []
-    for key, (name, codes, color) in parsed.items():
-        # The first of a class stands for it in files; its own id, if masks have that.
-        codes = tuple(sorted(codes, key=lambda code: code != key))
+    for name, codes, color in parsed.values():
         color = color or (codes[0] if isinstance(codes[0], tuple) else distinct_colour(len(classes)))
         classes.append(DataClass(name, codes, color))
     return tuple(classes), tuple(dict.fromkeys(ignored))
@@ -280,7 +293,7 @@ def _listed(given, where: str) -> list:
 def _no_duplicates(values: Iterable, message: str) -> None:
     for value, times in Counter(values).items():
         if times > 1:
-            raise UserError('classes: ' + message.format(list(value) if isinstance(value, tuple) else value))
+            raise UserError(message.format(list(value) if isinstance(value, tuple) else value))
 
 
 def _read_json(path: Path) -> dict:

@@ -207,12 +207,11 @@ def _set_channels(cfg: Config, channels: int) -> Iterator[str]:
         return
     preprocessor = cfg.model.data_preprocessor
     for key in ('mean', 'std'):
-        if len(preprocessor[key]) != channels:
-            average = float(np.mean(preprocessor[key]))
-            preprocessor[key] = [*preprocessor[key], *[average] * channels][:channels] if channels > 3 else [average]
+        if channels != 3 and len(preprocessor[key]) > 1:  # mmengine takes one value or three
+            preprocessor[key] = [float(np.mean(preprocessor[key]))]
     preprocessor.bgr_to_rgb = channels == 3
     cfg.model.backbone.in_channels = channels
-    yield f'{channels} channels: in_channels of the backbone, mean and std (channels beyond colours have the average)'
+    yield f'{channels} channels: in_channels of the backbone; mean and std are the averages of the colours'
 
 
 def _usual_size(dataset_cfg: ConfigDict) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook, LoggerHook
-from mmengine.logging import MMLogger
+from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, FlexibleRunner, Runner, ValLoop
 from mmengine.visualization import Visualizer
@@ -167,6 +167,7 @@ class FaultTolerantMixin:
         Raises:
             UserError: What it holds besides weights is damaged.
         """
+        HistoryBuffer()  # registers its statistics, which the first that a process creates does, not the first it reads
         try:
             super().resume(filename, *args, **kwargs)
         except UserError:
@@ -174,6 +175,7 @@ class FaultTolerantMixin:
         except Exception as error:  # what is in a file can be anything
             reason = f'{type(error).__name__}: {first_sentence(error)}'
             raise UserError(f'{filename} cannot be resumed ({reason}): start anew, or from another one') from error
+        say(f'Resumed from {filename}, iteration {self.iter}')
 
     def build_logger(self, *args, **kwargs) -> MMLogger:
         logger = super().build_logger(*args, **kwargs)

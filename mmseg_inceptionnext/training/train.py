@@ -170,9 +170,8 @@ def _class_pixels(cfg: Config) -> dict[str, int]:
 def _optional_hooks(cfg: Config, options: TrainOptions) -> list[dict]:
     hooks = []
     if options.ema:
-        # A momentum that falls in the first twentieth of the run, so that short runs are not averaged with their start.
-        gamma = max(1, cfg.train_cfg.max_iters // 20)
-        hooks.append(dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=0.0005, gamma=gamma))
+        # Over the last tenth of the run so far, and 2000 iterations at most: short runs forget their start, too.
+        hooks.append(dict(type='EMAHook', ema_type='MomentumAnnealingEMA', momentum=0.0005, gamma=10))
     if options.early_stop:
         monitor = ((cfg.get('default_hooks') or {}).get('checkpoint') or {}).get('save_best') or 'mIoU'
         monitor = monitor[0] if isinstance(monitor, (list, tuple)) else monitor

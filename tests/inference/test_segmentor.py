@@ -113,7 +113,8 @@ def test_a_file_of_classes_leaves_the_coding_as_the_checkpoint_says(trained, pat
 
 
 def result(labels, reduce_zero_label=True) -> Segmentation:
-    classes = Classes(('sky', 'sea', 'sand'), ((255, 0, 0), (0, 255, 0), (0, 0, 255)), reduce_zero_label)
+    codes = (1, 2, 3) if reduce_zero_label else (0, 1, 2)
+    classes = Classes(('sky', 'sea', 'sand'), ((255, 0, 0), (0, 255, 0), (0, 0, 255)), codes)
     labels = np.array(labels, np.int16)
     return Segmentation(np.full((*labels.shape, 3), 100, np.uint8), labels, classes)
 

@@ -23,7 +23,7 @@ def work_dir(tmp_path_factory, mini_root):
     command += [mini_root, '--weights', 'none', '--seed', '0', '--cfg-options', 'train_cfg.max_iters=3']
     process = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert process.returncode == 0, process.stderr[-3000:]
-    assert 'ETA' in process.stdout and 'the recipe is made for 8: --auto-batch' in process.stdout
+    assert 'eta' in process.stdout and 'the recipe is made for 8: --auto-batch' in process.stdout
     (folder / 'last_line').write_text(process.stdout.strip().splitlines()[-1])
     return folder
 

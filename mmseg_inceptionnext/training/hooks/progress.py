@@ -65,10 +65,10 @@ class ProgressHook(Hook):
             or now - self._last_line > _SECONDS_BETWEEN_LINES
         ):  # fmt: skip
             self._last_line = now
-            say(
-                f'iteration {done}/{runner.max_iters}  loss {parts["loss"]}  lr {parts["lr"]}  {parts["speed"]}  '
-                f'ETA {parts["eta"]}'
-            )
+            # As mmengine's lines begin, for who reads them by a program.
+            count = f'{done:{len(str(runner.max_iters))}}/{runner.max_iters}'
+            speed = f'{parts["speed"]}  eta: {parts["eta"]}'
+            say(f'Iter(train) [{count}]  loss: {parts["loss"]}  lr: {parts["lr"]}  {speed}')
 
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
         if metrics:

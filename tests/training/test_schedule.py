@@ -1,0 +1,62 @@
+"""The length of a run, and what follows from it."""
+
+import pytest
+from support import TINY_CONFIG
+
+from mmseg_inceptionnext import UserError
+from mmseg_inceptionnext.config import load_config
+from mmseg_inceptionnext.config_files import read_config
+from mmseg_inceptionnext.training.options import TrainOptions
+from mmseg_inceptionnext.training.schedule import set_iterations, stretch_schedule
+from mmseg_inceptionnext.training.train import plan
+
+
+def test_warm_up_decay_checkpoints_and_validations_follow():
+    cfg = read_config('upernet/inceptionnext_t')
+    stretch_schedule(cfg, 1600)
+    assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (1600, 160)
+    assert [(s.begin, s.end) for s in cfg.param_scheduler] == [(0, 15), (15, 1600)]
+    assert cfg.default_hooks.checkpoint.interval == 40
+
+
+def test_a_schedule_of_other_kinds():
+    cfg = read_config('fpn/inceptionnext_t')
+    cfg.param_scheduler = [
+        dict(type='MultiStepLR', by_epoch=False, milestones=[20000, 30000]),
+        dict(type='CosineAnnealingLR', by_epoch=False, T_max=40000),
+        dict(type='StepLR', by_epoch=True, step_size=3),
+    ]
+    cfg.train_cfg.update(val_begin=4000, dynamic_intervals=[(20000, 1000)])
+    stretch_schedule(cfg, 4000)
+    steps, cosine, epochs = cfg.param_scheduler
+    assert (steps.milestones, cosine.T_max, epochs.step_size) == ([2000, 3000], 4000, 3)
+    assert (cfg.train_cfg.val_begin, cfg.train_cfg.dynamic_intervals) == (400, [(2000, 100)])
+
+
+def test_epochs_are_counted_in_images(tiny_cfg):
+    set_iterations(tiny_cfg, TrainOptions(epochs=10))  # 4 images, 2 at a time
+    assert tiny_cfg.train_cfg.max_iters == 20
+    set_iterations(tiny_cfg, TrainOptions(iters=7))
+    assert tiny_cfg.train_cfg.max_iters == 7
+
+
+def test_a_data_file_sets_the_recipes_epochs(tiny_cfg):
+    """Not less than a thousand iterations, and not more than the recipe has."""
+    tiny_cfg.train_cfg.max_iters, tiny_cfg.epochs = 40000, 63
+    set_iterations(tiny_cfg, TrainOptions())
+    assert tiny_cfg.train_cfg.max_iters == 1000 and 'epochs' not in tiny_cfg
+    tiny_cfg.train_cfg.max_iters, tiny_cfg.epochs = 40000, 10**6
+    set_iterations(tiny_cfg, TrainOptions())
+    assert tiny_cfg.train_cfg.max_iters == 40000
+
+
+def test_the_dry_run_shows_it(tmp_path, mini_root):
+    cfg = load_config(TINY_CONFIG, tmp_path, mini_root)
+    resolved = plan(cfg, TrainOptions(weights='none', epochs=5))
+    assert resolved.iterations == 10 and 'iterations       10\n' in str(resolved)
+
+
+@pytest.mark.parametrize('options', [dict(epochs=0), dict(iters=-1), dict(epochs=1, iters=1), dict(early_stop=0)])
+def test_what_does_not_go_together(tiny_cfg, options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        plan(tiny_cfg, TrainOptions(**options))
