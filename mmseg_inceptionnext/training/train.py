@@ -138,7 +138,9 @@ def apply(cfg: Config, options: TrainOptions) -> ResumePoint | None:
         cfg.finetune = options.finetune
     if options.class_weights:
         use_class_weights(cfg, _class_pixels(cfg))
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *_optional_hooks(cfg, options)]
+    hooks = _optional_hooks(cfg, options)
+    replaced = {hook['type'] for hook in hooks}  # of a config that an earlier run with these options has saved
+    cfg.custom_hooks = [*(hook for hook in cfg.get('custom_hooks') or [] if hook['type'] not in replaced), *hooks]
     cfg.default_hooks = {
         'checkpoint': dict(type='CheckpointHook', by_epoch=False, interval=1000), **(cfg.get('default_hooks') or {})
     }  # fmt: skip

@@ -203,6 +203,13 @@ class TestEma:
         averaged = whole['state_dict']['decode_head.conv_seg.weight']
         assert not torch.equal(averaged, whole['ema_state_dict']['module.decode_head.conv_seg.weight'])
 
+    def test_a_saved_config_with_the_same_option_averages_once(self, tiny_cfg, tmp_path):
+        options = dataclasses.replace(SCRATCH, ema=True, early_stop=9)
+        train(variant(tiny_cfg, tmp_path / 'w'), options)
+        again = load_config(tmp_path / 'w' / 'fpn_tiny.py', tmp_path / 'again')
+        hooks = [type(hook).__name__ for hook in train(again, options).hooks]
+        assert hooks.count('EMAHook') == hooks.count('ResumableEarlyStoppingHook') == 1
+
     def test_a_test_takes_the_averages_once(self, tiny_cfg, tmp_path):
         runner = train(variant(tiny_cfg, tmp_path / 'w'), dataclasses.replace(SCRATCH, ema=True))
         result = run_result(runner)
