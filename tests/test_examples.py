@@ -25,17 +25,18 @@ def test_segment_images(trained, mini_root, tmp_path):
 
 
 @pytest.mark.slow
-def test_custom_data(roads, tmp_path):
+def test_own_data(roads, tmp_path):
+    (tmp_path / 'roads.yaml').write_text(
+        f'path: {roads}\ntrain: {{images: images/training, masks: annotations/training}}\n'
+        'val: {images: images/validation, masks: annotations/validation}\nclasses: [road, grass]\n'
+    )
     output = run(
-        'custom_data/train_and_test.py', '--data-root', roads, '--work-dir', 'work', '--weights', 'none',
-        '--cfg-options', 'model.backbone.arch=atto', 'model.neck.in_channels=[40,80,160,320]',
-        'model.backbone.layer_scale_init_value=1.0', 'optim_wrapper.optimizer.lr=0.002', 'train_cfg.max_iters=2',
-        'train_dataloader.batch_size=2', 'train_dataloader.num_workers=1', 'val_dataloader.num_workers=1',
-        'test_dataloader.num_workers=1', cwd=tmp_path,
+        'own_data.py', 'roads.yaml', '--recipe', TINY_CONFIG, '--work-dir', 'work', '--weights', 'none', '--iters', '2',
+        cwd=tmp_path,
     )  # fmt: skip
-    lines = output.strip().splitlines()[-4:]
-    assert lines[0].startswith('mIoU ') and lines[3].endswith('% road')
-    assert [line.split(':')[0] for line in lines[1:3]] == ['  road', '  other']
+    lines = output.strip().splitlines()[-5:]
+    assert [line.split()[0] for line in lines[:3]] == ['mIoU', 'road:', 'grass:']
+    assert 'Segmentation(64×48' in lines[3] and lines[4].endswith('of its labels are those of the checkpoint')
     report = json.loads((tmp_path / 'work' / 'report' / 'report.json').read_text())
     assert sum(row['pixels'] for row in report['per_class'].values()) == 2 * 46 * 64  # without the ignored rows
     assert (tmp_path / 'work' / 'example.png').is_file()

@@ -26,6 +26,7 @@ _CLASS_KEYS = ('name', 'labels', 'values', 'color')  # values: lightly-train's o
 _VAL_FRACTION = 0.1
 _ALWAYS_IGNORED = 255
 _LARGEST_ID = 65535
+_PATH_PARTS = ('name', 'stem', 'suffix', 'parent', 'parents', 'parts')  # that a template may use
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,8 @@ def _folders(name: str, given, path: Path) -> Folders:
 
 def _check_template(template: str, split: str) -> None:
     try:
-        one, other = (fill_template(template, PurePosixPath(f'/images/{name}.jpg')) for name in 'ab')
-    except (AttributeError, KeyError, IndexError, ValueError) as error:
+        one, other = (fill_template(template, PurePosixPath('/images/train', f'{name * 40}.jpg')) for name in 'ab')
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise UserError(
             f'{split}.masks: {template!r} is not a template such as {{image_path.parent}}/{{image_path.stem}}_mask.png '
             f'({type(error).__name__}: {error})'
@@ -197,10 +198,31 @@ def _check_template(template: str, split: str) -> None:
 
 
 def fill_template(template: str, image_path: PurePosixPath) -> str:
-    """Return the path of an image's mask; the template may use attributes of the image's path, as lightly-train's."""
-    if re.search(r'\{(?!image_path[\w.\[\]]*\})', template) or '__' in template:
+    """Return the path of an image's mask.
+
+    As in lightly-train's templates, ``{image_path}`` may be followed by attributes of a path and by indices, and here
+    by slices: ``{image_path.stem[:-12]}``.
+
+    Raises:
+        ValueError, TypeError, IndexError: The template has something else in braces, or does not fit a path.
+    """
+
+    def filled(match: re.Match) -> str:
+        value = image_path
+        for name, index in re.findall(r'\.(\w+)|\[([-\d:]+)\]', match[1]):
+            if name:
+                if name not in _PATH_PARTS:
+                    raise ValueError(f'{name} is none of {", ".join(_PATH_PARTS)}')
+                value = getattr(value, name)
+            else:
+                bounds = [int(bound) if bound else None for bound in index.split(':')]
+                value = value[slice(*bounds) if ':' in index else bounds[0]]
+        return str(value)
+
+    path = re.sub(r'\{image_path((?:\.\w+|\[[-\d:]+\])*)\}', filled, template)
+    if '{' in path or '}' in path:
         raise ValueError('only {image_path…} can be filled in')
-    return template.format(image_path=image_path)
+    return path
 
 
 def _classes(given, ignore, unlabelled: list[Code], base: Path) -> tuple[tuple[DataClass, ...], tuple[Code, ...]]:

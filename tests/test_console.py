@@ -1,0 +1,47 @@
+"""What reaches the screen of a training, and what its log file has."""
+
+import pytest
+from support import TINY_CONFIG
+
+from mmseg_inceptionnext.training.hooks.progress import classes_text
+
+
+@pytest.fixture
+def arguments(mini_root):
+    return ('train', TINY_CONFIG, '--data-root', mini_root, '--work-dir', 'w', '--weights', 'none', '--iters', '2')
+
+
+def test_a_training_takes_few_lines_and_the_log_has_all(tool, arguments, tmp_path):
+    process = tool(*arguments)
+    assert process.returncode == 0, process.stderr[-3000:]
+    lines = process.stdout.splitlines()
+    assert len(lines) < 25
+    for beginning in ('data: 4 training', 'model: InceptionNeXt + FPN + FPNHead', 'device: ', 'schedule: 2 iterations'):
+        assert [line for line in lines if line.startswith(beginning)]
+    first = next(line for line in lines if line.startswith('Iter(train) [1/2]'))
+    assert all(part in first for part in ('loss: ', 'lr: ', 'images/s', 'eta: '))
+    assert lines[-1].startswith('mIoU ') and any(line.startswith('validation at iteration') for line in lines)
+    assert 'nan' not in process.stdout and 'UserWarning' not in process.stderr
+    (log,) = (tmp_path / 'w').glob('*/*.log')
+    text = log.read_text()
+    assert all(
+        part in text for part in ('Config:', 'Hooks will be executed', 'Iter(val)', '|   wall   |', 'schedule: 2')
+    )
+
+
+def test_verbose_gives_mmengines_screen_back(tool, arguments):
+    process = tool(*arguments, '--verbose')
+    assert process.returncode == 0
+    assert 'Hooks will be executed' in process.stdout and 'schedule: 2 iterations' not in process.stdout
+
+
+def test_a_test_says_its_figures_and_the_worst_classes(tool, trained, mini_root):
+    process = tool('test', TINY_CONFIG, trained, '--data-root', mini_root, '--work-dir', 'w')
+    assert process.returncode == 0, process.stderr
+    assert len(process.stdout.splitlines()) < 20 and 'IoU, worst first: ' in process.stdout
+
+
+def test_at_most_twenty_classes_worst_first():
+    text = classes_text({f'c{i}': 50.0 - i for i in range(30)})
+    assert text.startswith('  IoU, worst first: c29 21.0, c28 22.0') and text.endswith('and 10 better ones')
+    assert all(len(line) <= 100 for line in text.splitlines())
