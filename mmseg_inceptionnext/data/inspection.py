@@ -73,7 +73,7 @@ class Inspection:
         duplicates: (training image, image of another split) that are the same file.
         problems: What is wrong with the data set as a whole, a line each.
         warnings: What may be a mistake, a line each.
-        unnamed: Ids or colours of the masks that the data file does not name.
+        unnamed: Ids or colours of the masks that the data file does not name; no field, because the problems say it.
     """
 
     ok: bool = True
@@ -81,7 +81,9 @@ class Inspection:
     duplicates: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    unnamed: list[Code] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.unnamed: list[Code] = []
 
 
 @dataclass
@@ -94,10 +96,9 @@ class Coding:
     files: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     total_files: int = 0
 
-    def add(self, counts: dict[int, int]) -> None:
-        for value, pixels in counts.items():
-            self.pixels[value] += pixels
-            self.files[value] += 1
+    def add(self, counts: np.ndarray) -> None:
+        self.pixels += counts
+        self.files += counts > 0
         self.total_files += 1
 
 
@@ -189,7 +190,14 @@ def inspect_data(
     sizes: dict[str, list[tuple[int, int]]] = {name: [] for name in found.splits}
     with pair_reader(workers) as read:
         results = zip(
-            jobs, read([(image, annotation, source.masks) for _, source, image, annotation in jobs]), strict=True
+            jobs,
+            read(
+                [
+                    (image, annotation, *([source.masks] if source.masks else ()))
+                    for _, source, image, annotation in jobs
+                ]
+            ),
+            strict=True,
         )
         for (name, source, image, annotation), pair in progress(results, len(jobs)):
             split = found.splits[name]
@@ -204,7 +212,9 @@ def inspect_data(
                 if source.mask_coding:
                     source.unnamed.add(image, annotation, pair.counts)
                 else:
-                    codings.setdefault(source.coding, Coding(*source.coding)).add(pair.counts)
+                    pixels = np.zeros(256, np.int64)
+                    pixels[list(pair.counts)] = list(pair.counts.values())
+                    codings.setdefault(source.coding, Coding(*source.coding)).add(pixels)
                 _count(split, source, image, pair.counts)
 
     for name, split in found.splits.items():

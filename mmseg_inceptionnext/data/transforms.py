@@ -47,7 +47,8 @@ class ReadImage(BaseTransform):
         self.channels = channels
 
     def __repr__(self) -> str:
-        settings = (f'{name}={value!r}' for name, value in vars(self).items())
+        shown = {name: value for name, value in vars(self).items() if (name, value) != ('channels', 3)}
+        settings = (f'{name}={value!r}' for name, value in shown.items())
         return f'{type(self).__name__}({", ".join(settings)})'
 
     def transform(self, results: dict) -> dict | None:
