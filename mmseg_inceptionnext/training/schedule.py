@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from mmengine.config import Config
 
@@ -20,22 +21,29 @@ _COUNTS = ('begin', 'end', 'T_max', 'step_size', 'total_steps', 'total_iters', '
 
 def set_iterations(cfg: Config, options: TrainOptions) -> None:
     """Set the number of iterations that options or a data file ask for, in place; it needs the effective batch."""
-    from_data = cfg.pop('epochs', None)
+    from_data, kept = cfg.pop('epochs', None), cfg.pop('kept_by_iters', ())
     epochs = options.epochs or from_data
     if options.iters:
-        stretch_schedule(cfg, options.iters)
+        stretch_schedule(cfg, options.iters, kept)
     elif epochs:
         leaves = leaf_datasets(cfg.train_dataloader.dataset)
         images, batch = sum(len(list_samples(open_dataset(leaf))) for leaf in leaves), effective_batch(cfg).images
         iterations = math.ceil(epochs * images / batch)
         if not options.epochs:
             iterations = min(max(iterations, _FEWEST_ITERATIONS), cfg.train_cfg.max_iters)
-        stretch_schedule(cfg, iterations)
+        stretch_schedule(cfg, iterations, kept)
         say(f'{iterations} iterations of {batch} images: {iterations * batch / images:.0f} epochs')
 
 
-def stretch_schedule(cfg: Config, iterations: int) -> None:
-    """Set the number of iterations, in place; warm-up, decay, checkpoints and validations keep their share of them."""
+def stretch_schedule(cfg: Config, iterations: int, kept: Sequence[str] = ()) -> None:
+    """Set the number of iterations, in place; warm-up, decay, checkpoints and validations keep their share of them.
+
+    Args:
+        cfg: A whole config.
+        iterations: The number of iterations.
+        kept: What stays as it is, because the user has set it: 'val_interval', 'interval' (of checkpoints) or
+            'param_scheduler'.
+    """
     ratio = iterations / cfg.train_cfg.max_iters
     last = cfg.train_cfg.max_iters
     cfg.train_cfg.max_iters = iterations
@@ -43,8 +51,8 @@ def stretch_schedule(cfg: Config, iterations: int) -> None:
     def stretched(count: int) -> int:
         return iterations if count == last else math.ceil(count * ratio)
 
-    schedulers = cfg.get('param_scheduler') or []
-    for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+    schedulers = () if 'param_scheduler' in kept else cfg.get('param_scheduler') or []
+    for scheduler in [schedulers] if isinstance(schedulers, dict) else schedulers:
         if scheduler.get('by_epoch', True):
             continue
         for key in _COUNTS:
@@ -57,7 +65,7 @@ def stretch_schedule(cfg: Config, iterations: int) -> None:
         (cfg.train_cfg, 'val_interval'),
         (cfg.get('default_hooks', {}).get('checkpoint', {}), 'interval'),
     ):
-        if isinstance(section.get(key), int) and section[key] > 0:
+        if key not in kept and isinstance(section.get(key), int) and section[key] > 0:
             section[key] = max(1, stretched(section[key]))
     if cfg.train_cfg.get('val_begin'):
         cfg.train_cfg.val_begin = max(1, stretched(cfg.train_cfg.val_begin))

@@ -50,6 +50,14 @@ def test_a_data_file_sets_the_recipes_epochs(tiny_cfg):
     assert tiny_cfg.train_cfg.max_iters == 40000
 
 
+def test_what_the_options_set_stays(tmp_path, mini_root):
+    given = {'train_cfg.val_interval': 7, 'default_hooks.checkpoint.interval': 9}
+    cfg = load_config(TINY_CONFIG, tmp_path, mini_root, cfg_options=given)
+    set_iterations(cfg, TrainOptions(iters=60))
+    assert (cfg.train_cfg.val_interval, cfg.default_hooks.checkpoint.interval) == (7, 9)
+    assert 'kept_by_iters' not in cfg
+
+
 def test_the_dry_run_shows_it(tmp_path, mini_root):
     cfg = load_config(TINY_CONFIG, tmp_path, mini_root)
     resolved = plan(cfg, TrainOptions(weights='none', epochs=5))
