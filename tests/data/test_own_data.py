@@ -157,7 +157,12 @@ def as_stored(path, form: Form) -> np.ndarray:
         return np.asarray(image.convert('RGB') if any(np.ndim(code) for code in form.truth) else image)
 
 
-@pytest.mark.parametrize('name', FORMS)
+SLOW = ('palette', 'one channel', 'suffixes', 'ignored class', 'ultralytics')  # much like others
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FORMS]
+)
 def test_written_label_maps_score_the_reported_miou(tmp_path, name):
     form = FORMS[name]
     content = write(tmp_path / 'data', form, number=12 if name == 'held out' else 6)
