@@ -43,6 +43,22 @@ ELSEWHERE = {
     'make test-all': ('Makefile', 'test-all: $(READY)'),
     'python3 -m venv .venv && source .venv/bin/activate': ('Makefile', '$(PYTHON) -m venv $(VENV)'),
     'pip install .': ('tests/test_package.py', "'pip', 'wheel'"),
+    'python tools/check_dataset.py --data camvid.yaml': ('tests/data/test_draft.py', "'--data', 'draft.yaml'"),
+    'python tools/check_dataset.py ../camvid --write camvid.yaml': (
+        'tests/data/test_draft.py',
+        "'--write', 'draft.yaml'",
+    ),
+    **{
+        f'python tools/{command}': (
+            'tests/data/test_own_data.py',
+            'def test_written_label_maps_score_the_reported_miou',
+        )
+        for command in (
+            'train.py fpn/inceptionnext_t --data camvid.yaml --work-dir work_dirs/camvid',
+            'test.py work_dirs/camvid/inceptionnext_t.py work_dirs/camvid/best_mIoU_iter_5781.pth',
+            'predict.py work_dirs/camvid/inceptionnext_t.py work_dirs/camvid/best_mIoU_iter_5781.pth street.png --out out',
+        )
+    },
     "pip install '.[onnx]'": ('Makefile', "install --quiet --editable '.[dev]'"),
 }
 
