@@ -56,7 +56,7 @@ ELSEWHERE = {
         for command in (
             'train.py fpn/inceptionnext_t --data camvid.yaml --work-dir work_dirs/camvid',
             'test.py work_dirs/camvid/inceptionnext_t.py work_dirs/camvid/best_mIoU_iter_5781.pth',
-            'predict.py work_dirs/camvid/inceptionnext_t.py work_dirs/camvid/best_mIoU_iter_5781.pth street.png --out out',
+            'predict.py work_dirs/camvid/inceptionnext_t.py work_dirs/camvid/best_mIoU_iter_5781.pth a.png --out out',
         )
     },
     "pip install '.[onnx]'": ('Makefile', "install --quiet --editable '.[dev]'"),

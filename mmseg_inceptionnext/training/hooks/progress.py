@@ -99,8 +99,9 @@ class ProgressHook(Hook):
     def _start_bar(self, total: int, done: int) -> None:
         self._bar = None
         if self._console.is_terminal and is_main_process():
-            fields = [TextColumn(f'{{task.fields[{name}]}}') for name in ('loss', 'lr', 'speed', 'eta')]
-            self._bar = Progress(BarColumn(), MofNCompleteColumn(), *fields, console=self._console, transient=True)
+            labels = {'loss': 'loss ', 'lr': 'lr ', 'speed': '', 'eta': 'ETA '}
+            fields = [TextColumn(f'{label}{{task.fields[{name}]}}') for name, label in labels.items()]
+            self._bar = Progress(BarColumn(12), MofNCompleteColumn(), *fields, console=self._console, transient=True)
             self._task = self._bar.add_task('', total=total, completed=done, loss='', lr='', speed='', eta='')
             self._bar.start()
 
