@@ -93,7 +93,7 @@ def test_norms_of_stages_that_are_not_returned_may_be_left_over(tmp_path):
 
 def test_one_log_line_says_what_was_loaded(released, tmp_path, monkeypatch):
     lines = []
-    monkeypatch.setattr('mmseg_inceptionnext.models.weights.print_log', lambda message, **_: lines.append(message))
+    monkeypatch.setattr('mmseg_inceptionnext.models.weights.say', lambda message, **_: lines.append(message))
     load(saved(released, tmp_path / 'w.pth'))
     classifier = sum(key.startswith('head.') for key in released)
     assert len(lines) == 1

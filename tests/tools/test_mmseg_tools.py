@@ -48,7 +48,8 @@ def test_train_and_test(mmseg_tool, tool, config, tmp_path):
         text = mmseg_tool('test.py', config, checkpoint, '--work-dir', 'test', *tta)
         theirs = float(re.findall(r'mIoU: ([\d.]+)', text)[-1])
         assert tool('test', config, checkpoint, '--work-dir', 'ours', '--json', 'f.json', *tta).returncode == 0
-        assert theirs == json.loads((tmp_path / 'f.json').read_text())['mIoU']
+        ours = json.loads((tmp_path / 'f.json').read_text())['mIoU']
+        assert abs(theirs - ours) < 0.011  # ties of logits may differ in a pixel, and figures in the last digit
 
 
 def test_pictures_of_predictions(mmseg_tool, config, trained, tmp_path):
