@@ -161,8 +161,8 @@ def test_tensors_of_every_kind(name, tmp_path):
 
 @pytest.mark.parametrize(
     'value',
-    [pytest.param({1, 'a'}, id='set'), set(), 1j, torch.Size([1, 2]), torch.float32, torch.device('cpu'), torch.device('cuda', 1),
-     torch.strided, bytearray(b'abc'), bytearray(), b'', b'abc', Counter('aab'),
+    [pytest.param({1, 'a'}, id='set'), set(), 1j, torch.Size([1, 2]), torch.float32, torch.device('cpu'),
+     torch.device('cuda', 1), torch.strided, bytearray(b'abc'), bytearray(), b'', b'abc', Counter('aab'),
      {1.5: 0, None: 1, True: 2, (1, 'a'): 3, 2**40: 4}, 2**100, (1, [2, {3: 4}])],
     ids=repr,
 )  # fmt: skip
