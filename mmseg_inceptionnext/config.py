@@ -14,7 +14,7 @@ import mmseg.registry
 from mmengine.config import Config
 from mmengine.registry import Registry
 
-from mmseg_inceptionnext.config_files import find_config, read_config, require
+from mmseg_inceptionnext.config_files import SCHEDULE_KEYS, dotted_keys, find_config, read_config, require
 from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.data.own_data import fit_channels, use_data_file
 from mmseg_inceptionnext.distributed import check_launcher, rank
@@ -67,21 +67,16 @@ def override(cfg: Config, data_root: str | Path | None = None, cfg_options: dict
             say(line)
     if data_root is not None:
         set_data_root(cfg, data_root)
+    given = dotted_keys(cfg_options or {})
     if cfg_options:
         _merge(cfg, cfg_options)
-        if kept := [key for key in ('val_interval', 'interval', 'param_scheduler') if _names(cfg_options, key)]:
-            cfg.kept_by_iters = kept  # training takes it out again
+    if kept := [key for key in SCHEDULE_KEYS if any(f'{name}.'.startswith(f'{key}.') for name in given)]:
+        cfg.kept_by_iters = kept  # training takes it out again
     if data is not None:
         fit_channels(cfg.model)  # of the backbone that the options may have chosen
         _merge(cfg, cfg_options or {})
-        if 'max_iters' in (cfg_options or {}).get('train_cfg', {}) or 'train_cfg.max_iters' in (cfg_options or {}):
+        if 'train_cfg.max_iters' in given:
             cfg.pop('epochs', None)
-
-
-def _names(options: dict, key: str) -> bool:
-    """Return whether the options set a key of the schedule, so that a change of the iterations leaves it alone."""
-    where = {'val_interval': 'train_cfg.val_interval', 'interval': 'default_hooks.checkpoint.interval'}.get(key, key)
-    return any(option == where or option.startswith(f'{where}.') for option in options)
 
 
 def _merge(cfg: Config, options: dict) -> None:

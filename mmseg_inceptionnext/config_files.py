@@ -1,14 +1,20 @@
-"""Find and read config files, and find one's way in them."""
+"""Find and read config files; find what they set, and the heads."""
 
 from __future__ import annotations
 
+import ast
 import difflib
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
 from mmseg_inceptionnext.errors import MissingFile, UserError
+
+# What follows the number of iterations, unless the user sets it.
+SCHEDULE_KEYS = ('train_cfg.val_interval', 'default_hooks.checkpoint.interval', 'param_scheduler')
 
 
 def read_config(path: str | Path) -> Config:
@@ -79,8 +85,53 @@ def require(cfg: Config, *keys: str) -> None:
         raise UserError(f'{cfg.filename} lacks {", ".join(lacking)}: inherit from a recipe under configs')
 
 
-def heads(model: ConfigDict) -> Iterator[ConfigDict]:
-    """Yield every head of a model's config: of cascades, and auxiliary ones."""
+def own_settings(cfg: Config) -> dict[str, Any]:
+    """Return what a config file sets otherwise than the files that it inherits from.
+
+    Everything, if it inherits from none, as the config that a run saves.
+    """
+    path = Path(cfg.filename).resolve()
+    if shipped_folder('configs').resolve() in path.parents:
+        return {}  # a recipe
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    bases = next(
+        (ast.literal_eval(node.value) for node in tree.body
+         if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '_base_'), None
+    )  # fmt: skip
+    if bases is None:
+        return cfg.to_dict()
+    bases = [bases] if isinstance(bases, str) else bases
+    bases = [base if '::' in base else str(path.parent / base) for base in bases]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, 'bases.py')
+        file.write_text(f'_base_ = {bases!r}\n', encoding='utf-8')
+        inherited = Config.fromfile(file)
+    return _difference(cfg.to_dict(), inherited.to_dict())
+
+
+def _difference(ours: dict, theirs: dict) -> dict:
+    changed = {}
+    for key, value in ours.items():
+        other = theirs.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            if inner := _difference(value, other):
+                changed[key] = inner
+        elif value != other:
+            changed[key] = value
+    return changed
+
+
+def dotted_keys(settings: Mapping[str, Any]) -> set[str]:
+    """Return the keys of all settings in nested dicts, such as 'train_cfg.max_iters'."""
+    keys = set()
+    for key, value in settings.items():
+        inner = dotted_keys(value) if isinstance(value, Mapping) else set()
+        keys |= {f'{key}.{name}' for name in inner} or {key}
+    return keys
+
+
+def heads(model: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
+    """Yield every head of a model's config and the key that it stands under; of cascades, and auxiliary ones."""
     for name in ('decode_head', 'auxiliary_head'):
         found = model.get(name) or []
-        yield from found if isinstance(found, list) else [found]
+        yield from ((name, head) for head in (found if isinstance(found, list) else [found]))

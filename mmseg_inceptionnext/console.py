@@ -30,15 +30,16 @@ def quiet_screen(quiet: bool = True) -> Iterator[None]:
         quiet: False leaves mmengine's screen as it is.
     """
     global _is_quiet
-    before, show = _is_quiet, warnings.showwarning
+    logger = MMLogger.get_current_instance()
+    before, show, handlers = _is_quiet, warnings.showwarning, logger.handlers
     _is_quiet = quiet
     if quiet:
-        quieten(MMLogger.get_current_instance())
+        quieten(logger)
         warnings.showwarning = _log_warning
     try:
         yield
     finally:
-        _is_quiet, warnings.showwarning = before, show
+        _is_quiet, warnings.showwarning, logger.handlers = before, show, handlers
 
 
 def is_quiet() -> bool:
@@ -54,7 +55,7 @@ def quieten(logger: MMLogger) -> None:
 class _ScreenHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         path = Path(record.pathname)
-        if record.levelno < logging.ERROR and _PACKAGE not in path.parents or not is_main_process():
+        if record.levelno < logging.ERROR and not (_PACKAGE in path.parents and is_main_process()):
             return
         level = '' if record.levelno <= logging.INFO else f'{record.levelname.lower()}: '
         try:

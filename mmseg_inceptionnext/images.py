@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from io import BytesIO
 from pathlib import Path
 
+import cv2
 import numpy as np
 from mmengine.fileio import LocalBackend, get_file_backend
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mmseg_inceptionnext.errors import MissingImage, UnreadableFile
 
@@ -84,6 +86,33 @@ def _not_empty(pixels: np.ndarray) -> np.ndarray:
     if not pixels.size:
         raise UnreadableFile('an image without a pixel')
     return pixels
+
+
+def oriented_size(image: Image.Image, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Return (width, height) of an image in its EXIF orientation.
+
+    Args:
+        image: An image, decoded or not.
+        size: Size of the file's pixels, where they were decoded at a smaller one.
+    """
+    width, height = size or image.size
+    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (height, width) if turned else (width, height)
+
+
+def list_image_files(folder: Path) -> list[Path]:
+    """List all image files under a folder, by suffix in any case, sorted; hidden ones are left out."""
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        paths = (Path(parent, name) for name in names if not name.startswith('.'))
+        found += [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(found)
+
+
+def swap_rgb(pixels: np.ndarray) -> np.ndarray:
+    """Return (H, W, C) pixels in the order of mmseg's pipelines, contiguous: RGB becomes BGR, others stay."""
+    return cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if pixels.shape[2] == 3 else np.ascontiguousarray(pixels)
 
 
 def as_rgb(pixels: np.ndarray) -> np.ndarray:

@@ -1,9 +1,11 @@
 """What reaches the screen of a training, and what its log file has."""
 
 import pytest
+from mmengine.logging import MMLogger
 from support import TINY_CONFIG
 
-from mmseg_inceptionnext.training.hooks.progress import classes_text
+from mmseg_inceptionnext.console import quiet_screen, quieten
+from mmseg_inceptionnext.training.hooks.progress import classes_text, figures_text
 
 
 @pytest.fixture
@@ -38,6 +40,27 @@ def test_a_test_says_its_figures_and_the_worst_classes(tool, trained, mini_root)
     process = tool('test', TINY_CONFIG, trained, '--data-root', mini_root, '--work-dir', 'w')
     assert process.returncode == 0, process.stderr
     assert len(process.stdout.splitlines()) < 20 and 'IoU, worst first: ' in process.stdout
+
+
+def test_another_process_shows_errors_alone(monkeypatch, capsys):
+    monkeypatch.setattr('mmseg_inceptionnext.console.is_main_process', lambda: False)
+    logger = MMLogger('another')
+    quieten(logger)
+    logger.warning('of no interest')
+    logger.error('what went wrong')
+    assert capsys.readouterr().out == 'error: what went wrong\n'
+
+
+def test_loggers_have_their_handlers_again_afterwards():
+    logger = MMLogger.get_current_instance()
+    before = list(logger.handlers)
+    with quiet_screen():
+        assert logger.handlers != before
+    assert logger.handlers == before
+
+
+def test_figures_that_are_no_numbers_are_left_out():
+    assert figures_text({'aAcc': 1.0, 'mDice': 2.345, 'note': 'x', 'time': 3.0}) == 'mDice 2.35, aAcc 1.00'
 
 
 def test_at_most_twenty_classes_worst_first():

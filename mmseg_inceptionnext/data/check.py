@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import numpy as np
 from mmengine import fileio
 from mmengine.config import Config
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 from PIL import Image
 
+from mmseg_inceptionnext.config_files import heads
+from mmseg_inceptionnext.data.mask_coding import mask_counts
 from mmseg_inceptionnext.data.mask_dataset import MaskDataset
 from mmseg_inceptionnext.data.pipeline import displayed_path, leaf_datasets
+from mmseg_inceptionnext.data.sampling import evenly_spread
 from mmseg_inceptionnext.data.unnamed_codes import UnnamedCodes
 from mmseg_inceptionnext.errors import BadSample, MissingFile, UserError
 
@@ -58,16 +60,16 @@ def _check_dataset(dataset_cfg: dict, model_cfg: dict) -> None:
 def _check_masks(dataset: MaskDataset, samples: list[dict]) -> None:
     """Read a sample of masks: what the data file does not name is an error before anything is trained."""
     unnamed = UnnamedCodes(dataset.coding)
-    for i in np.unique(np.linspace(0, len(samples) - 1, _SAMPLE).round().astype(int)) if samples else ():
-        path = samples[i]['seg_map_path']
+    for sample in evenly_spread(samples, _SAMPLE):
+        path = sample['seg_map_path']
         try:
             with Image.open(path) as mask:
-                numbers, pixels = np.unique(dataset.coding.numbers(mask), return_counts=True)
+                counts = mask_counts(mask, dataset.coding.is_colour)
         except BadSample as error:
             raise BadSample(f'{path} {error}') from error
         except Exception:  # damaged; training names the file, or replaces it if it is asked to
             continue
-        unnamed.add(samples[i]['img_path'], path, dict(zip(numbers.tolist(), pixels.tolist(), strict=True)))
+        unnamed.add(sample['img_path'], path, counts)
     if faults := unnamed.faults():
         raise UserError(f'{"; ".join(faults)} (a sample was read: `check` reads all)')
 
@@ -121,10 +123,6 @@ def list_annotations(dataset: BaseSegDataset) -> set[str]:
 
 def head_faults(model_cfg: dict, num_classes: int) -> Iterator[str]:
     """Yield a line for each of a model's heads that has another number of classes than the data set."""
-    for name in ('decode_head', 'auxiliary_head'):
-        heads = model_cfg.get(name) or []
-        for head in heads if isinstance(heads, list) else [heads]:
-            if head.get('num_classes') != num_classes:
-                yield (
-                    f'model.{name}.num_classes is {head.get("num_classes")}, but the data set has {num_classes} classes'
-                )
+    for name, head in heads(model_cfg):
+        if head.get('num_classes') != num_classes:
+            yield f'model.{name}.num_classes is {head.get("num_classes")}, but the data set has {num_classes} classes'

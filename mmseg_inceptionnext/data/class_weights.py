@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -40,7 +41,7 @@ def use_class_weights(cfg: Config, pixels: dict[str, int]) -> None:
     weights[there] = counts[there] ** -0.5
     weights[there] /= weights[there].mean()
     listed = [round(float(weight), 4) for weight in weights]
-    for head in heads(cfg.model):
+    for _, head in heads(cfg.model):
         losses = head.get('loss_decode') or []
         weighted = [loss for loss in (losses if isinstance(losses, list) else [losses]) if _is_cross_entropy(loss)]
         if not weighted:
@@ -69,13 +70,13 @@ def keep_counts(cfg: Config, pixels: dict[str, int]) -> None:
     """Keep the pixels of each class in the training masks beside the data; do nothing where that cannot be written."""
     dataset_cfg = _only_dataset(cfg)
     file = dataset_cfg and _counts_file(dataset_cfg)
-    if not file or not os.access(file.parent, os.W_OK):
+    if not file:
         return
     try:
         kept = json.loads(file.read_text())
     except (OSError, ValueError):
         kept = {}
-    with atomic_write(file) as partial:
+    with contextlib.suppress(OSError), atomic_write(file) as partial:
         partial.write_text(json.dumps({**(kept if isinstance(kept, dict) else {}), _hash(dataset_cfg): pixels}))
 
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import yaml
 from PIL import Image
 
-from mmseg_inceptionnext.data.mask_coding import colour_of, mask_numbers
+from mmseg_inceptionnext.data.mask_coding import colour_of, mask_counts
+from mmseg_inceptionnext.data.sampling import evenly_spread
 from mmseg_inceptionnext.errors import MissingFile, UserError
-from mmseg_inceptionnext.images import IMAGE_SUFFIXES
+from mmseg_inceptionnext.images import list_image_files
 from mmseg_inceptionnext.labels import Code
 
 _SAMPLE = 50  # masks that are read for their ids
@@ -95,63 +95,52 @@ def _voc(root: Path) -> _Layout | None:
 def _parallel_folders(root: Path) -> _Layout | None:
     for images in ('images', 'image', 'imgs', 'img'):
         for masks in ('masks', 'mask', 'annotations', 'labels', 'gt'):
-            if not _has_files(root / images) or not _has_files(root / masks):
+            if not (list_image_files(root / images) and list_image_files(root / masks)):
                 continue
-            splits = {}
-            for split, names in _SPLIT_NAMES.items():
-                for name in names:
-                    if (root / images / name).is_dir() and (root / masks / name).is_dir():
-                        splits.setdefault(split, (f'{images}/{name}', f'{masks}/{name}'))
-            if 'train' in splits:
-                is_ade20k = splits['train'] == ('images/training', 'annotations/training')
-                return _Layout('ADE20K' if is_ade20k else f'{images}/train with {masks}/train', splits)
-            return _Layout(f'{images} with {masks}', {'train': (images, masks)})
+            splits = _splits(root, f'{images}/{{}}', f'{masks}/{{}}')
+            is_ade20k = splits.get('train') == ('images/training', 'annotations/training')
+            name = 'ADE20K' if is_ade20k else f'{images} with {masks}'
+            return _Layout(name, splits if 'train' in splits else {'train': (images, masks)})
     return None
 
 
 def _suffixed_folders(root: Path) -> _Layout | None:
-    for suffix in ('annot', '_masks', '_labels', 'masks', 'labels', '_annotations'):
-        splits = {}
-        for split, names in _SPLIT_NAMES.items():
-            for name in names:
-                if (root / name).is_dir() and (root / f'{name}{suffix}').is_dir():
-                    splits.setdefault(split, (name, f'{name}{suffix}'))
+    templates = [
+        ('{}', f'{{}}{suffix}') for suffix in ('annot', '_masks', '_labels', 'masks', 'labels', '_annotations')
+    ]
+    for images, masks in (*templates, ('{}/images', '{}/masks')):
+        splits = _splits(root, images, masks)
         if 'train' in splits:
-            return _Layout(f'train with train{suffix}', splits)
-    splits = {}  # train/images with train/masks
+            return _Layout(f'{images.format("train")} with {masks.format("train")}', splits)
+    return None
+
+
+def _splits(root: Path, images: str, masks: str) -> dict[str, tuple[str, str]]:
+    """Return the folders of each split that is there, given templates of their names."""
+    found: dict[str, tuple[str, str]] = {}
     for split, names in _SPLIT_NAMES.items():
         for name in names:
-            if (root / name / 'images').is_dir() and (root / name / 'masks').is_dir():
-                splits.setdefault(split, (f'{name}/images', f'{name}/masks'))
-    return _Layout('train/images with train/masks', splits) if 'train' in splits else None
+            folders = images.format(name), masks.format(name)
+            if all((root / folder).is_dir() for folder in folders):
+                found.setdefault(split, folders)
+    return found
 
 
 def _one_folder(root: Path) -> _Layout | None:
     for suffix in ('_mask', '_label', '_gt', '-mask'):
-        found = [path for path in _files(root) if path.stem.endswith(suffix)]
+        found = [path for path in list_image_files(root) if path.stem.endswith(suffix)]
         if found:
             template = f'{{image_path.parent}}/{{image_path.stem}}{suffix}{found[0].suffix}'
             return _Layout(f'one folder, masks end in {suffix}', {'train': ('.', template)})
     return None
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-
-
-def _has_files(folder: Path) -> bool:
-    return folder.is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob('*'))
-
-
 def _sample_masks(root: Path, layout: _Layout) -> list[Path]:
     masks = layout.splits['train'][1]
     folder, template, _ = masks.partition('{')
     tail = masks.rpartition('}')[2] if template else ''
-    files = [
-        path for path in _files(root / (folder.rpartition('/')[0] if template else masks)) if path.name.endswith(tail)
-    ]
-    at = np.unique(np.linspace(0, len(files) - 1, _SAMPLE).round().astype(int)) if files else ()
-    return [files[i] for i in at]
+    where = root / (folder.rpartition('/')[0] if template else masks)
+    return evenly_spread([path for path in list_image_files(where) if path.name.endswith(tail)], _SAMPLE)
 
 
 def _count(masks: list[Path]) -> tuple[bool, dict[int, float]]:
@@ -162,10 +151,9 @@ def _count(masks: list[Path]) -> tuple[bool, dict[int, float]]:
     for path in masks:
         try:
             with Image.open(path) as mask:
-                numbers, counts = np.unique(mask_numbers(mask, is_colour), return_counts=True)
+                pixels.update(mask_counts(mask, is_colour))
         except Exception as error:
             raise UserError(f'{path} cannot be read as a mask: {error}') from error
-        pixels.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
         if is_colour and len(pixels) > _MOST_COLOURS:
             raise UserError(f'{path}: the masks hold more than {_MOST_COLOURS} colours: those of JPEGs are no classes')
     total = sum(pixels.values())

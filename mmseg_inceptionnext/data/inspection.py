@@ -23,6 +23,7 @@ from mmseg_inceptionnext.data.class_weights import keep_counts
 from mmseg_inceptionnext.data.mask_dataset import MaskDataset
 from mmseg_inceptionnext.data.pipeline import leaf_datasets, missing_ground_truth, remove_ground_truth
 from mmseg_inceptionnext.data.read_pairs import Pair, pair_reader
+from mmseg_inceptionnext.data.sampling import evenly_spread
 from mmseg_inceptionnext.data.transforms import label_fault
 from mmseg_inceptionnext.data.unnamed_codes import UnnamedCodes, draw_unnamed
 from mmseg_inceptionnext.errors import UserError
@@ -110,10 +111,8 @@ class _Source:
         self.scale = _smallest_scale(pipeline)
         self.mask_coding = dataset.coding if isinstance(dataset, MaskDataset) else None
         if self.mask_coding:
-            self.masks, self.unnamed = (
-                'colours' if self.mask_coding.is_colour else 'ids',
-                UnnamedCodes(self.mask_coding),
-            )
+            self.masks = 'colours' if self.mask_coding.is_colour else 'ids'
+            self.unnamed = UnnamedCodes(self.mask_coding)
             return
         self.masks = None
         self.coding = (dataset.reduce_zero_label, len(dataset.label_map or self.names))
@@ -135,6 +134,10 @@ class _Source:
                 hint = ' (it is an index into a palette: if that is of colours, convert it)' if pair.palette else ''
                 yield annotation, label_fault(value, self.coding[1], int(self.coding[0])) + hint
                 return
+
+    def reading(self, image: str, annotation: str | None) -> tuple:
+        """Return the arguments of :func:`~mmseg_inceptionnext.data.read_pairs.read_pair` for a pair."""
+        return (image, annotation, self.masks) if self.masks else (image, annotation)
 
     def labels_of(self, counts: dict[int, int]) -> list[int]:
         """Return the label of each value in an annotation; -1 if it has none."""
@@ -181,24 +184,15 @@ def inspect_data(
         pairs = _list_pairs(split, datasets, cfg.model, found.problems)
         if not split.annotations and name != 'test':
             found.problems.append(f'{name}: no image has an annotation: correct data_prefix.seg_map_path')
-        if sample is not None and sample < len(pairs):
-            pairs = [pairs[i] for i in np.linspace(0, len(pairs) - 1, sample).round().astype(int)]
+        if sample is not None:
+            pairs = evenly_spread(pairs, sample)
         jobs += [(name, *pair) for pair in pairs]
 
     first: dict[str, dict[bytes, str]] = {name: {} for name in found.splits}
     sources = list(dict.fromkeys((name, source) for name, source, *_ in jobs))
     sizes: dict[str, list[tuple[int, int]]] = {name: [] for name in found.splits}
     with pair_reader(workers) as read:
-        results = zip(
-            jobs,
-            read(
-                [
-                    (image, annotation, *([source.masks] if source.masks else ()))
-                    for _, source, image, annotation in jobs
-                ]
-            ),
-            strict=True,
-        )
+        results = zip(jobs, read([source.reading(*files) for _, source, *files in jobs]), strict=True)
         for (name, source, image, annotation), pair in progress(results, len(jobs)):
             split = found.splits[name]
             split.checked += 1

@@ -87,6 +87,12 @@ def mask_numbers(mask: Image.Image, is_colour: bool) -> np.ndarray:
     return values.astype(np.int64)
 
 
+def mask_counts(mask: Image.Image, is_colour: bool) -> dict[int, int]:
+    """Return the number of pixels of each id or colour in a mask; arguments and errors of :func:`mask_numbers`."""
+    numbers, pixels = np.unique(mask_numbers(mask, is_colour), return_counts=True)
+    return dict(zip(numbers.tolist(), pixels.tolist(), strict=True))
+
+
 def colour_of(number: int) -> tuple[int, int, int]:
     """Return the colour of 0xRRGGBB."""
     return number >> 16, number >> 8 & 255, number & 255

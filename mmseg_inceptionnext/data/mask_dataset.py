@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from pathlib import Path, PurePath
 
@@ -17,7 +16,7 @@ from mmseg_inceptionnext.data.data_file import fill_template
 from mmseg_inceptionnext.data.mask_coding import MaskCoding
 from mmseg_inceptionnext.data.transforms import size_fault
 from mmseg_inceptionnext.errors import BadSample, UnreadableFile, UserError
-from mmseg_inceptionnext.images import IMAGE_SUFFIXES, why_unreadable
+from mmseg_inceptionnext.images import IMAGE_SUFFIXES, list_image_files, why_unreadable
 
 _MASK_SUFFIXES = ('.png', *(suffix for suffix in IMAGE_SUFFIXES if suffix != '.png'))
 
@@ -74,15 +73,15 @@ class MaskDataset(BaseSegDataset):
     def list_masks(self) -> set[str]:
         """List the paths of all files that may be masks, those without an image included."""
         if not self.mask_template:
-            return set(map(str, _list_files(self.masks_folder, _MASK_SUFFIXES)))
+            return set(map(str, list_image_files(self.masks_folder)))
         tail = re.split(r'[}/\\]', self.mask_template)[-1]
-        files = [path for path in _list_files(self.masks_folder, _MASK_SUFFIXES) if path.name.endswith(tail)]
+        files = [path for path in list_image_files(self.masks_folder) if path.name.endswith(tail)]
         # A template may lead out of the folder; and one that ends in .png alone would take images for masks.
         masks = {str(mask) for mask in self._masks_of(self._list_images()).values() if mask.is_file()}
         return masks | (set(map(str, files)) if Path(tail).stem else set())
 
     def _list_images(self) -> list[Path]:
-        images = _list_files(self.images_folder, IMAGE_SUFFIXES)
+        images = list_image_files(self.images_folder)
         if self.data_prefix.get('seg_map_path') is None:
             return images
         if self.mask_template:
@@ -106,7 +105,7 @@ class MaskDataset(BaseSegDataset):
             root = self.data_root or ''
             return {image: Path(root, fill_template(self.mask_template, image.absolute())) for image in images}
         by_name: dict[PurePath, Path] = {}
-        for mask in sorted(_list_files(self.masks_folder, _MASK_SUFFIXES), key=lambda path: _rank(path.suffix)):
+        for mask in sorted(list_image_files(self.masks_folder), key=lambda path: _rank(path.suffix)):
             by_name.setdefault(mask.relative_to(self.masks_folder).with_suffix(''), mask)
         names = {image: image.relative_to(self.images_folder).with_suffix('') for image in images}
         return {
@@ -148,19 +147,6 @@ def read_mask(path: str, coding: MaskCoding) -> np.ndarray:
         raise BadSample(f'{path} {error}') from error
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # Pillow's, on damage
         raise UnreadableFile(f'{path}: {why_unreadable(error)}') from error
-
-
-def _list_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """List the files of some suffixes, in any case, under a folder, sorted; hidden ones are left out."""
-    found = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith('.')]
-        found += [
-            Path(parent, name)
-            for name in names
-            if not name.startswith('.') and os.path.splitext(name)[1].lower() in suffixes
-        ]
-    return sorted(found)
 
 
 def _check_names_differ(images: list[Path], folder: Path) -> None:

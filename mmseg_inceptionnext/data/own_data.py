@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import ast
 import copy
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mmengine.config import Config, ConfigDict
-from PIL import ExifTags, Image
+from PIL import Image
 
-from mmseg_inceptionnext.config_files import heads, require, shipped_folder
+from mmseg_inceptionnext.config_files import heads, own_settings, require
+from mmseg_inceptionnext.data.check import list_samples, open_dataset
 from mmseg_inceptionnext.data.data_file import SPLITS, DataFile, Folders, read_data_file
-from mmseg_inceptionnext.data.mask_dataset import MaskDataset
-from mmseg_inceptionnext.data.pipeline import GROUND_TRUTH_TRANSFORMS
-from mmseg_inceptionnext.errors import MissingFile, UserError
+from mmseg_inceptionnext.data.pipeline import GROUND_TRUTH_TRANSFORMS, leaf_datasets
+from mmseg_inceptionnext.data.sampling import evenly_spread
+from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.images import oriented_size
 from mmseg_inceptionnext.labels import IGNORE_INDEX, ignore_index_of
 from mmseg_inceptionnext.models.archs import resolve_arch
 
@@ -43,10 +43,14 @@ def use_data_file(cfg: Config, source: str | Path | Mapping[str, Any]) -> list[s
     """
     data = read_data_file(source)
     require(cfg, 'model', *(f'{split}_dataloader' for split in SPLITS), 'val_evaluator', 'test_evaluator', 'train_cfg')
-    own = _own_settings(cfg)
-    lines = [*_set_datasets(cfg, data), *_set_classes(cfg, data), *_set_channels(cfg, data.channels)]
-    size = _usual_size(cfg.train_dataloader.dataset)
-    lines += _set_sizes(cfg, size, own)
+    own = own_settings(cfg)
+    _set_datasets(cfg, data)
+    samples = {split: list_samples(open_dataset(cfg[f'{split}_dataloader'].dataset)) for split in SPLITS}
+    numbers = ', '.join(f'{len(listed)} {split}' for split, listed in samples.items())
+    held_out = f', {data.val_fraction:.0%} of them held out for validation' if data.val_fraction else ''
+    lines = [f'data {data.path}: {numbers} images{held_out}']
+    lines += [*_set_classes(cfg, data), *_set_channels(cfg, data.channels)]
+    lines += _set_sizes(cfg, _usual_size(samples['train']), own)
     if not ({'train_cfg', 'param_scheduler'} & own.keys()):
         lines += _set_epochs(cfg)
     return lines
@@ -62,50 +66,14 @@ def fit_channels(model: ConfigDict) -> None:
         if 'in_channels' in model.neck:
             model.neck.in_channels = outputs
         return
-    for head in heads(model):
+    for _, head in heads(model):
         index = head.get('in_index', -1)
         if 'in_channels' in head:
             head.in_channels = outputs[index] if isinstance(index, int) else [outputs[i] for i in index]
 
 
-def _own_settings(cfg: Config) -> dict[str, Any]:
-    """Return what a config file sets otherwise than the files that it inherits from.
-
-    Everything, if it inherits from none, as the config that a run saves.
-    """
-    path = Path(cfg.filename).resolve()
-    if shipped_folder('configs').resolve() in path.parents:
-        return {}  # a recipe
-    tree = ast.parse(path.read_text(encoding='utf-8'))
-    bases = next(
-        (ast.literal_eval(node.value) for node in tree.body
-         if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '_base_'), None
-    )  # fmt: skip
-    if bases is None:
-        return cfg.to_dict()
-    bases = [bases] if isinstance(bases, str) else bases
-    bases = [base if '::' in base else str(path.parent / base) for base in bases]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, 'bases.py')
-        file.write_text(f'_base_ = {bases!r}\n', encoding='utf-8')
-        inherited = Config.fromfile(file)
-    return _difference(cfg.to_dict(), inherited.to_dict())
-
-
-def _difference(ours: dict, theirs: dict) -> dict:
-    changed = {}
-    for key, value in ours.items():
-        other = theirs.get(key)
-        if isinstance(value, dict) and isinstance(other, dict):
-            if inner := _difference(value, other):
-                changed[key] = inner
-        elif value != other:
-            changed[key] = value
-    return changed
-
-
-def _set_datasets(cfg: Config, data: DataFile) -> Iterator[str]:
-    pipelines = {split: _pipeline(cfg, split) for split in SPLITS}
+def _set_datasets(cfg: Config, data: DataFile) -> None:
+    pipelines = {split: leaf_datasets(cfg[f'{split}_dataloader'].dataset)[0].pipeline for split in SPLITS}
     metainfo = dict(
         classes=[cls.name for cls in data.classes],
         palette=[list(cls.color) for cls in data.classes],
@@ -117,7 +85,7 @@ def _set_datasets(cfg: Config, data: DataFile) -> Iterator[str]:
         dataset = dict(
             type='MaskDataset',
             data_root=str(data.path),
-            **_prefix(data.splits[chosen], data.path),
+            **_prefix(data.splits[chosen]),
             metainfo=metainfo,
             ignore_index=ignore_index_of(len(data.classes)),
             pipeline=_read_masks(pipelines[split], data.channels),
@@ -128,39 +96,19 @@ def _set_datasets(cfg: Config, data: DataFile) -> Iterator[str]:
         cfg[f'{split}_dataloader'] = dict(copy.deepcopy(cfg[f'{split}_dataloader']), dataset=dataset)
     if cfg.get('tta_pipeline'):
         cfg.tta_pipeline = [dict(type='MultiScaleTest', pipeline=cfg.test_dataloader.dataset.pipeline)]
-    numbers = {}
-    for split in pipelines:
-        dataset = MaskDataset(**{**_arguments(cfg[f'{split}_dataloader'].dataset), 'pipeline': [], 'lazy_init': True})
-        numbers[split] = len(dataset.load_data_list())
-        if not numbers[split]:
-            raise MissingFile(f'{split}: there is no image in {dataset.images_folder}')
-    held_out = f', {data.val_fraction:.0%} of them held out for validation' if data.val_fraction else ''
-    yield f'data {data.path}: {numbers["train"]} train, {numbers["val"]} val, {numbers["test"]} test images{held_out}'
-
-
-def _arguments(dataset: ConfigDict) -> dict:
-    return {key: value for key, value in dataset.to_dict().items() if key != 'type'}
 
 
 def _plain(codes: tuple) -> list:
     return [list(code) if isinstance(code, tuple) else code for code in codes]
 
 
-def _prefix(folders: Folders, root: Path) -> dict:
+def _prefix(folders: Folders) -> dict:
     """Return the arguments of MaskDataset that say where images and masks lie."""
     masks = folders.masks
     if '{' not in masks:
         return dict(data_prefix=dict(img_path=folders.images, seg_map_path=masks))
     fixed = masks.partition('{')[0].rpartition('/')[0]
     return dict(data_prefix=dict(img_path=folders.images, seg_map_path=fixed or folders.images), mask_template=masks)
-
-
-def _pipeline(cfg: Config, split: str) -> list[dict]:
-    dataset = cfg[f'{split}_dataloader'].dataset
-    while 'pipeline' not in dataset:
-        inner = dataset.get('dataset') or dataset.get('datasets')
-        dataset = inner[0] if isinstance(inner, list) else inner
-    return dataset.pipeline
 
 
 def _read_masks(pipeline: list[dict], channels: int) -> list[dict]:
@@ -181,7 +129,7 @@ def _read_masks(pipeline: list[dict], channels: int) -> list[dict]:
 
 def _set_classes(cfg: Config, data: DataFile) -> Iterator[str]:
     number, ignore_index = len(data.classes), ignore_index_of(len(data.classes))
-    for head in heads(cfg.model):
+    for _, head in heads(cfg.model):
         if head.get('out_channels') == head.get('num_classes'):
             head.pop('out_channels', None)
         head.num_classes = number
@@ -214,20 +162,17 @@ def _set_channels(cfg: Config, channels: int) -> Iterator[str]:
     yield f'{channels} channels: in_channels of the backbone; mean and std are the averages of the colours'
 
 
-def _usual_size(dataset_cfg: ConfigDict) -> tuple[int, int]:
-    """Return the median (width, height) of the training images, in their EXIF orientation, from a sample of them."""
-    dataset = MaskDataset(**{**_arguments(dataset_cfg), 'pipeline': [], 'lazy_init': True})
-    paths = [sample['img_path'] for sample in dataset.load_data_list()]
+def _usual_size(samples: list[dict]) -> tuple[int, int]:
+    """Return the median (width, height) of the images, in their EXIF orientation, from a sample of them."""
     sizes = []
-    for i in np.unique(np.linspace(0, len(paths) - 1, _SIZES_READ).round().astype(int)):
+    for sample in evenly_spread(samples, _SIZES_READ):
         try:
-            with Image.open(paths[i]) as image:
-                turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-                sizes.append(image.size[::-1] if turned else image.size)
+            with Image.open(sample['img_path']) as image:
+                sizes.append(oriented_size(image))
         except Exception:  # a damaged one, which the check names
             continue
     if not sizes:
-        raise UserError(f'no image in {dataset.images_folder} can be read: `check` says why')
+        raise UserError(f'no image such as {samples[0]["img_path"]} can be read: `check` says why')
     return tuple(sorted(sizes, key=lambda size: size[0] * size[1])[len(sizes) // 2])
 
 

@@ -18,13 +18,13 @@ from itertools import starmap
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
-from mmseg_inceptionnext.data.mask_coding import mask_numbers
+from mmseg_inceptionnext.data.mask_coding import mask_counts
 from mmseg_inceptionnext.data.prefetch import map_ahead
 from mmseg_inceptionnext.data.transforms import THIN_FAULT, channels_fault, depth_fault, size_fault
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.images import read_image, why_unreadable
+from mmseg_inceptionnext.images import oriented_size, read_image, why_unreadable
 
 _CHUNK = 4  # pairs that a process takes at once: more are faster, but a killed process leaves more files in question
 
@@ -75,14 +75,11 @@ def read_pair(image: str, annotation: str | None, masks: str | None = None) -> P
                 raise UserError(size_fault(stored.size, image, pair.size))
             pair.palette = stored.mode == 'P'
             if stored.mode in ('L', 'P') and masks != 'colours':  # a palette's indices
-                pixels = np.array(stored.histogram())
-                values = np.flatnonzero(pixels)
-                pixels = pixels[values]
+                pair.counts = {value: pixels for value, pixels in enumerate(stored.histogram()) if pixels}
             elif masks is None:  # 1 and 16 bits, cast to 8
-                values, pixels = np.unique(np.asarray(stored).astype(np.uint8), return_counts=True)
+                pair.counts = mask_counts(Image.fromarray(np.asarray(stored).astype(np.uint8)), is_colour=False)
             else:
-                values, pixels = np.unique(mask_numbers(stored, masks == 'colours'), return_counts=True)
-            pair.counts = dict(zip(values.tolist(), pixels.tolist(), strict=True))
+                pair.counts = mask_counts(stored, masks == 'colours')
     return pair
 
 
@@ -142,8 +139,7 @@ def _image_size(content: bytes) -> tuple[int, int]:
             image.load()
         else:
             read_image(image)
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return (height, width) if turned else (width, height)
+        return oriented_size(image, (width, height))
 
 
 def _leave_signals_to_parent() -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 from mmcv.transforms import BaseTransform
 from mmseg.registry import TRANSFORMS
 from PIL import Image
 
 from mmseg_inceptionnext.errors import BadSample, UnreadableFile, UserError
-from mmseg_inceptionnext.images import local_or_content, read_image
+from mmseg_inceptionnext.images import local_or_content, read_image, swap_rgb
 from mmseg_inceptionnext.labels import IGNORE_INDEX
 
 # LoadAnnotations squeezes what it reads.
@@ -58,8 +57,7 @@ class ReadImage(BaseTransform):
             if self.ignore_empty:
                 return None
             raise
-        if self.channels == 3:
-            image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+        image = swap_rgb(image)
         if self.to_float32:
             image = image.astype(np.float32)
         shape = image.shape[:2]

@@ -14,7 +14,6 @@ from torch import nn
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.config_files import require
-from mmseg_inceptionnext.console import is_quiet
 from mmseg_inceptionnext.data.check import check_data
 from mmseg_inceptionnext.data.pipeline import missing_ground_truth, remove_ground_truth, use_multi_scale
 from mmseg_inceptionnext.distributed import init_process_group
@@ -24,7 +23,6 @@ from mmseg_inceptionnext.evaluation.report import write_report
 from mmseg_inceptionnext.inference.multi_scale_segmentor import MultiScaleSegmentor
 from mmseg_inceptionnext.inference.optimize import optimize_for_inference
 from mmseg_inceptionnext.models.weights import load_segmentor
-from mmseg_inceptionnext.training.hooks.progress import ProgressHook
 from mmseg_inceptionnext.training.runner import SafeRunner
 
 
@@ -85,8 +83,6 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') != 'EMAHook']
     cfg.update(resume=False, load_from=None)  # the config may be one that a resumed run has written
     runner = SafeRunner.from_cfg(cfg)
-    if is_quiet():
-        runner.register_hook(ProgressHook())
     load_segmentor(runner.model, content, checkpoint)
     if is_model_wrapper(runner.model):
         runner.model.module = _prepared(runner.model.module, fast, tta)

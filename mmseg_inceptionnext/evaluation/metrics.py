@@ -36,11 +36,13 @@ class PerClassIoUMetric(IoUMetric):
         folder, self.output_dir = self.output_dir, None  # mmseg would write labels + 1, or labels
         super().process(data_batch, data_samples)
         self.output_dir = folder
-        for sample in data_samples if folder else ():
-            names = tuple(self.dataset_meta['classes'])
+        if not folder:
+            return
+        names = tuple(self.dataset_meta['classes'])
+        classes = Classes(names, (), codes_of_meta(self.dataset_meta, len(names)))
+        for sample in data_samples:
             labels = sample['pred_sem_seg']['data'].squeeze(0).cpu().numpy()
-            coded = Classes(names, (), codes_of_meta(self.dataset_meta, len(names))).encode(labels)
-            Image.fromarray(coded).save(Path(folder, f'{Path(sample["img_path"]).stem}.png'))
+            Image.fromarray(classes.encode(labels)).save(Path(folder, f'{Path(sample["img_path"]).stem}.png'))
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         metrics = super().compute_metrics(results)
@@ -129,8 +131,10 @@ def confused_pairs(truth: np.ndarray, prediction: np.ndarray, unlabelled: int = 
         (K, 3) int64: true class, predicted class, pixels.
     """
     labelled = truth != unlabelled
-    codes, pixels = np.unique(truth[labelled].astype(np.int64) << 16 | prediction[labelled], return_counts=True)
-    return np.stack([codes >> 16, codes & 0xFFFF, pixels], axis=1)
+    number = int(prediction.max(initial=0)) + 1
+    pixels = np.bincount(truth[labelled].astype(np.int64) * number + prediction[labelled], minlength=1)
+    codes = np.flatnonzero(pixels)
+    return np.stack([codes // number, codes % number, pixels[codes]], axis=1)
 
 
 def total_confusion(images: Sequence[EvaluatedImage], num_classes: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from mmseg_inceptionnext.data.pipeline import leaf_datasets, pipeline_for_arrays
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.export.exportable import ExportableSegmentor
 from mmseg_inceptionnext.files import atomic_write
-from mmseg_inceptionnext.images import read_image
+from mmseg_inceptionnext.images import read_image, swap_rgb
 from mmseg_inceptionnext.inference.onnx_model import Contract, OnnxModel, check_resize, import_onnx, is_onnx
 from mmseg_inceptionnext.inference.segmentor import load_trained
 from mmseg_inceptionnext.models.build import LARGEST_STRIDE, channels_of
@@ -137,10 +137,9 @@ def _real_image(path: str | Path, contract: Contract) -> np.ndarray:
     pipeline = contract.pipeline()
     if contract.shape:
         pipeline[1:-1] = [dict(type='Resize', scale=contract.shape[::-1])]
-    is_rgb = contract.channels == 3
-    pixels = read_image(path, contract.channels)
-    pixels = Compose(pipeline)(dict(img=np.ascontiguousarray(pixels[..., ::-1] if is_rgb else pixels)))['inputs']
-    pixels = pixels.flip(0) if is_rgb else pixels
+    pixels = Compose(pipeline)(dict(img=swap_rgb(read_image(path, contract.channels))))['inputs']
+    if contract.channels == 3:
+        pixels = pixels.flip(0)
     if min(pixels.shape[1:]) < LARGEST_STRIDE:
         raise UserError(f'{path} is too thin: no side may be shorter than {LARGEST_STRIDE} pixels')
     return pixels[None].numpy()

@@ -23,7 +23,7 @@ from mmseg_inceptionnext.data.pipeline import leaf_datasets, pipeline_for_arrays
 from mmseg_inceptionnext.device import find_device
 from mmseg_inceptionnext.drawing import add_legend, draw_overlay
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.images import as_rgb, read_image
+from mmseg_inceptionnext.images import as_rgb, read_image, swap_rgb
 from mmseg_inceptionnext.inference.onnx_model import OnnxModel, is_onnx
 from mmseg_inceptionnext.inference.optimize import optimize_for_inference
 from mmseg_inceptionnext.labels import (
@@ -202,8 +202,7 @@ class Segmentor:
         height, width = image.shape[:2]
         seen = (0, 0)
         with suppress(cv2.error, ZeroDivisionError):  # a side resized to 0 pixels
-            # mmseg's pipelines are BGR
-            packed = self._pipeline(dict(img=np.ascontiguousarray(image[..., ::-1] if self.channels == 3 else image)))
+            packed = self._pipeline(dict(img=swap_rgb(image)))
             seen = packed['inputs'].shape[1:]
         if min(seen) < LARGEST_STRIDE:
             raise UserError(

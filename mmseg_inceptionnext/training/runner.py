@@ -31,6 +31,7 @@ from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.models.weights import load_for_finetuning
 from mmseg_inceptionnext.training.hooks.checkpoint import SafeCheckpointHook
 from mmseg_inceptionnext.training.hooks.early_stopping import ResumableEarlyStoppingHook  # noqa: F401  registers
+from mmseg_inceptionnext.training.hooks.progress import ProgressHook
 from mmseg_inceptionnext.training.hooks.repeat_validation import RepeatValidationHook
 from mmseg_inceptionnext.training.hooks.stop_on_signal import StopOnSignalHook
 from mmseg_inceptionnext.training.signals import StopSignal, disable_sigchld_handler, ignore_signals_in_worker
@@ -231,6 +232,9 @@ class FaultTolerantMixin:
         super().register_hooks(*args, **kwargs)
         self.register_hook(StopOnSignalHook())
         self.register_hook(RepeatValidationHook())
+        if is_quiet():
+            logger = (self.cfg.get('default_hooks') or {}).get('logger') or {}
+            self.register_hook(ProgressHook(logger.get('interval', 50)))
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
         """Call a method of every hook; in training, one that fails because the disk is full is logged and skipped."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
 from mmengine.config import Config
 
+from mmseg_inceptionnext.config_files import SCHEDULE_KEYS, dotted_keys, own_settings, read_config
 from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.data.check import list_samples, open_dataset
 from mmseg_inceptionnext.data.pipeline import leaf_datasets
@@ -21,11 +23,16 @@ _COUNTS = ('begin', 'end', 'T_max', 'step_size', 'total_steps', 'total_iters', '
 
 def set_iterations(cfg: Config, options: TrainOptions) -> None:
     """Set the number of iterations that options or a data file ask for, in place; it needs the effective batch."""
-    from_data, kept = cfg.pop('epochs', None), cfg.pop('kept_by_iters', ())
+    from_data, kept = cfg.pop('epochs', None), cfg.pop('kept_by_iters', [])
     epochs = options.epochs or from_data
+    if not options.iters and not epochs:
+        return
+    own = dotted_keys(own_settings(read_config(cfg.filename)))
+    if 'train_cfg.max_iters' not in own:  # otherwise the intervals are made for that, and follow
+        kept = [*kept, *(own & set(SCHEDULE_KEYS))]
     if options.iters:
         stretch_schedule(cfg, options.iters, kept)
-    elif epochs:
+    else:
         leaves = leaf_datasets(cfg.train_dataloader.dataset)
         images, batch = sum(len(list_samples(open_dataset(leaf))) for leaf in leaves), effective_batch(cfg).images
         iterations = math.ceil(epochs * images / batch)
@@ -41,8 +48,7 @@ def stretch_schedule(cfg: Config, iterations: int, kept: Sequence[str] = ()) -> 
     Args:
         cfg: A whole config.
         iterations: The number of iterations.
-        kept: What stays as it is, because the user has set it: 'val_interval', 'interval' (of checkpoints) or
-            'param_scheduler'.
+        kept: Those of :data:`~mmseg_inceptionnext.config_files.SCHEDULE_KEYS` that stay as they are.
     """
     ratio = iterations / cfg.train_cfg.max_iters
     last = cfg.train_cfg.max_iters
@@ -61,11 +67,10 @@ def stretch_schedule(cfg: Config, iterations: int, kept: Sequence[str] = ()) -> 
                 scheduler[key] = [stretched(count) for count in value]
             elif isinstance(value, int):
                 scheduler[key] = stretched(value)
-    for section, key in (
-        (cfg.train_cfg, 'val_interval'),
-        (cfg.get('default_hooks', {}).get('checkpoint', {}), 'interval'),
-    ):
-        if key not in kept and isinstance(section.get(key), int) and section[key] > 0:
+    for where in set(SCHEDULE_KEYS) - {'param_scheduler', *kept}:
+        *sections, key = where.split('.')
+        section = functools.reduce(lambda found, name: found.get(name) or {}, sections, cfg)
+        if isinstance(section.get(key), int) and section[key] > 0:
             section[key] = max(1, stretched(section[key]))
     if cfg.train_cfg.get('val_begin'):
         cfg.train_cfg.val_begin = max(1, stretched(cfg.train_cfg.val_begin))

@@ -14,7 +14,7 @@ from mmengine.dist import all_gather_object, broadcast_object_list, is_main_proc
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.config_files import require
-from mmseg_inceptionnext.console import is_quiet, say
+from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.data.check import check_data, open_dataset
 from mmseg_inceptionnext.data.class_weights import read_counts, use_class_weights
 from mmseg_inceptionnext.data.inspection import inspect_data
@@ -27,7 +27,6 @@ from mmseg_inceptionnext.models.weights import check_fits, load_for_finetuning
 from mmseg_inceptionnext.training.batch import effective_batch, split_recipe_batch
 from mmseg_inceptionnext.training.dry_run import Plan, dry_run
 from mmseg_inceptionnext.training.fsdp import check_fsdp
-from mmseg_inceptionnext.training.hooks.progress import ProgressHook
 from mmseg_inceptionnext.training.mixed_precision import amp_optim_wrapper, check_amp
 from mmseg_inceptionnext.training.options import TrainOptions
 from mmseg_inceptionnext.training.resume import ResumePoint, find_resume_point
@@ -176,7 +175,7 @@ def _optional_hooks(cfg: Config, options: TrainOptions) -> list[dict]:
         hooks.append(dict(type='EMAHook', ema_type='MomentumAnnealingEMA', momentum=0.0005, gamma=10))
     if options.early_stop:
         monitor = ((cfg.get('default_hooks') or {}).get('checkpoint') or {}).get('save_best') or 'mIoU'
-        monitor = monitor[0] if isinstance(monitor, (list, tuple)) else monitor
+        monitor = monitor[0] if isinstance(monitor, (list, tuple)) else 'mIoU' if monitor == 'auto' else monitor
         hooks.append(
             dict(type='EarlyStoppingHook', monitor=monitor, rule='greater', min_delta=0.0, patience=options.early_stop)
         )
@@ -196,8 +195,6 @@ def make_runner(cfg: Config, point: ResumePoint | None) -> FaultTolerantMixin:
         names = open_dataset(leaf_datasets(cfg.train_dataloader.dataset)[0]).metainfo['classes']
         load_for_finetuning(build_segmentor(cfg), cfg.finetune, names)
     runner = (SafeFlexibleRunner if cfg.get('strategy') else SafeRunner).from_cfg(cfg)
-    if is_quiet():
-        runner.register_hook(ProgressHook((cfg.default_hooks.get('logger') or {}).get('interval', 50)))
     _check_same_on_all_ranks(point, runner.work_dir)
     if point is None:
         if is_main_process():

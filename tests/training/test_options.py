@@ -16,7 +16,7 @@ from support import TINY_CONFIG, TINY_UPERNET, variant
 from mmseg_inceptionnext import UserError
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.config import load_config
-from mmseg_inceptionnext.data.class_weights import read_counts, use_class_weights
+from mmseg_inceptionnext.data.class_weights import keep_counts, read_counts, use_class_weights
 from mmseg_inceptionnext.evaluation import evaluate
 from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.models.weights import load_for_finetuning
@@ -114,6 +114,12 @@ class TestClassWeights:
         mask.write_bytes((roads / 'annotations' / 'training' / '1.png').read_bytes() + b'\0')
         cfg = load_config(TINY_CONFIG, tmp_path / 'w', data=data_of(roads))
         assert read_counts(cfg) is None
+
+    def test_a_place_that_cannot_be_written_costs_only_the_next_count(self, roads, tmp_path):
+        (roads / 'class_counts.json').mkdir()
+        cfg = load_config(TINY_CONFIG, tmp_path / 'w', data=data_of(roads))
+        keep_counts(cfg, {'road': 1, 'grass': 2})
+        assert read_counts(cfg) is None and not list(roads.glob('*.partial*'))
 
     def test_of_a_config_without_a_data_file(self, tiny_cfg):
         train(variant(tiny_cfg, tiny_cfg.work_dir, **{'train_cfg.max_iters': 1}), dataclasses.replace(

@@ -16,10 +16,9 @@ class ResumableEarlyStoppingHook(EarlyStoppingHook):
     priority = 'LOW'  # before the hook that saves the best checkpoint, which then holds the count
 
     def before_train(self, runner) -> None:
-        hub = runner.message_hub
-        if runner.resumed_from and hub.get_info('early_stopping_wait') is not None:
-            self.wait_count = int(hub.get_info('early_stopping_wait'))
-            self.best_score = float(hub.get_info('early_stopping_best'))
+        wait, best = (runner.message_hub.get_info(f'early_stopping_{key}') for key in ('wait', 'best'))
+        if runner.resumed_from and isinstance(wait, int) and isinstance(best, float):
+            self.wait_count, self.best_score = wait, best
 
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
         if not metrics:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from datetime import timedelta
+from numbers import Real
 
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
@@ -50,25 +51,28 @@ class ProgressHook(Hook):
         now = time.perf_counter()
         self._seconds.append(now - self._started)
         self._started = now
-        done, images = batch_idx + 1, len(data_batch['inputs']) * runner.world_size
+        done = batch_idx + 1
+        is_due = (
+            len(self._seconds) == 1 or done % self.interval == 0 or done == runner.max_iters
+            or now - self._last_line > _SECONDS_BETWEEN_LINES
+        )  # fmt: skip
+        if not self._bar and not is_due:
+            return
         seconds = sum(self._seconds) / len(self._seconds)
         parts = dict(
-            loss=f'{float(outputs["loss"].detach()):.3f}' if 'loss' in (outputs or {}) else '–',
+            loss=f'{outputs["loss"].item():.3f}' if 'loss' in (outputs or {}) else '–',
             lr=f'{runner.optim_wrapper.optimizer.param_groups[-1]["lr"]:.2g}',
-            speed=f'{images / seconds:.1f} images/s',
+            speed=f'{len(data_batch["inputs"]) * runner.world_size / seconds:.1f} images/s',
             eta=f'{timedelta(seconds=round((runner.max_iters - done) * seconds))}',
         )
         if self._bar:
             self._bar.update(self._task, completed=done, **parts)
-        elif (
-            len(self._seconds) == 1 or done % self.interval == 0 or done == runner.max_iters
-            or now - self._last_line > _SECONDS_BETWEEN_LINES
-        ):  # fmt: skip
-            self._last_line = now
-            # As mmengine's lines begin, for who reads them by a program.
-            count = f'{done:{len(str(runner.max_iters))}}/{runner.max_iters}'
-            speed = f'{parts["speed"]}  eta: {parts["eta"]}'
-            say(f'Iter(train) [{count}]  loss: {parts["loss"]}  lr: {parts["lr"]}  {speed}')
+            return
+        self._last_line = now
+        # As mmengine's lines begin, for who reads them by a program.
+        count = f'{done:{len(str(runner.max_iters))}}/{runner.max_iters}'
+        speed = f'{parts["speed"]}  eta: {parts["eta"]}'
+        say(f'Iter(train) [{count}]  loss: {parts["loss"]}  lr: {parts["lr"]}  {speed}')
 
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
         if metrics:
@@ -112,16 +116,9 @@ class ProgressHook(Hook):
 
 
 def figures_text(metrics: dict) -> str:
-    """Return the figures of a validation in a line, without the times that mmengine adds."""
-    return ', '.join(
-        f'{key} {value:.2f}'
-        for key, value in metrics.items()
-        if key not in ('time', 'data_time') and not _is_odd(value)
-    )
-
-
-def _is_odd(value) -> bool:
-    return isinstance(value, bool) or not isinstance(value, (int, float)) and not hasattr(value, '__float__')
+    """Return the figures of a validation in a line, without the times that mmengine adds; aAcc comes last."""
+    names = [name for name, value in metrics.items() if isinstance(value, Real) and name not in ('time', 'data_time')]
+    return ', '.join(f'{name} {metrics[name]:.2f}' for name in sorted(names, key='aAcc'.__eq__))
 
 
 def classes_text(ious: dict[str, float | None]) -> str:

@@ -21,7 +21,7 @@ class RepeatValidationHook(Hook):
         loop._decide_current_val_interval()
         is_due = done >= loop.val_begin and (done % loop.val_interval == 0 or done == loop.max_iters)
         if is_due and runner.message_hub.get_info('validated_iteration') != done:
-            loop.runner.val_loop.run()
+            runner.val_loop.run()
 
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
         if metrics:
