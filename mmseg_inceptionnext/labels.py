@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
 
 import numpy as np
 from mmseg.datasets import ADE20KDataset
@@ -18,7 +17,7 @@ IGNORE_INDEX = 255  # ignore_index: pixels without a class, never in files
 _IGNORE_INDEX_16_BIT = 65535  # where 255 is the label of a class
 
 # What a file holds at the pixels of a class: an id, or a colour.
-Code = Union[int, tuple[int, int, int]]  # noqa: UP007  Python 3.9 evaluates it
+Code = int | tuple[int, int, int]
 
 _HELP = "pass classes='ade20k', or a file with one class a line, as NAME or NAME #RRGGBB"
 
