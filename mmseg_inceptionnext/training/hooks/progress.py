@@ -124,10 +124,11 @@ def figures_text(metrics: dict) -> str:
 def classes_text(ious: dict[str, float | None]) -> str:
     """Return the IoU of classes, worst first, in a few lines."""
     ranked = sorted(ious, key=lambda name: ious[name] or 0.0)
-    parts = [f'{name} {ious[name] or 0.0:.1f}' for name in ranked[:_MOST_CLASSES]]
+    # The space that cannot break keeps a name and its figure in one line.
+    parts = [f'{name}\xa0{ious[name] or 0.0:.1f}' for name in ranked[:_MOST_CLASSES]]
     if len(ranked) > _MOST_CLASSES:
         parts.append(f'and {len(ranked) - _MOST_CLASSES} better ones')
-    return textwrap.fill(f'IoU, worst first: {", ".join(parts)}', _WIDTH, initial_indent='  ', subsequent_indent='  ')
+    text = textwrap.fill(f'IoU, worst first: {", ".join(parts)}', _WIDTH, initial_indent='  ', subsequent_indent='  ')
 
 
 def run_lines(runner) -> Iterator[str]:
@@ -156,3 +157,4 @@ def run_lines(runner) -> Iterator[str]:
         f'schedule: {runner.max_iters} iterations of {batch} images ({runner.max_iters * batch / len(train):.1f} '
         f'epochs){every}; log and checkpoints in {runner.work_dir}'
     )
+    return text.replace('\xa0', ' ')
