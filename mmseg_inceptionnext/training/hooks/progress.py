@@ -129,6 +129,7 @@ def classes_text(ious: dict[str, float | None]) -> str:
     if len(ranked) > _MOST_CLASSES:
         parts.append(f'and {len(ranked) - _MOST_CLASSES} better ones')
     text = textwrap.fill(f'IoU, worst first: {", ".join(parts)}', _WIDTH, initial_indent='  ', subsequent_indent='  ')
+    return text.replace('\xa0', ' ')
 
 
 def run_lines(runner) -> Iterator[str]:
@@ -157,4 +158,3 @@ def run_lines(runner) -> Iterator[str]:
         f'schedule: {runner.max_iters} iterations of {batch} images ({runner.max_iters * batch / len(train):.1f} '
         f'epochs){every}; log and checkpoints in {runner.work_dir}'
     )
-    return text.replace('\xa0', ' ')
