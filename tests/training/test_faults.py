@@ -122,7 +122,7 @@ def kill_at_random(training: Training, kills: int, seed: int) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize('kills', [2, pytest.param(36, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kills', [1, pytest.param(36, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_ends_with_the_same_weights(training, whole, kills):
     counts = kill_at_random(training, kills, seed=0)
     print(counts)
@@ -520,6 +520,7 @@ def test_bad_images_are_skipped_counted_and_the_run_stays_reproducible(tiny_cfg,
     assert [key for key in whole if not torch.equal(whole[key], ours[key])] == []
 
 
+@pytest.mark.slow
 def test_a_folder_of_bad_images_alone_ends_the_run(tiny_cfg, spoilt_root):
     set_data_root(tiny_cfg, spoilt_root)
     for number in range(1, 5):
