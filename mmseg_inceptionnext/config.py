@@ -14,7 +14,14 @@ import mmseg.registry
 from mmengine.config import Config
 from mmengine.registry import Registry
 
-from mmseg_inceptionnext.config_files import SCHEDULE_KEYS, dotted_keys, find_config, read_config, require
+from mmseg_inceptionnext.config_files import (
+    SCHEDULE_KEYS,
+    dicts_inside,
+    dotted_keys,
+    find_config,
+    read_config,
+    require,
+)
 from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.data.own_data import fit_channels, use_data_file
 from mmseg_inceptionnext.distributed import check_launcher, rank
@@ -88,15 +95,10 @@ def _merge(cfg: Config, options: dict) -> None:
 
 def set_data_root(cfg: Config, data_root: str | Path) -> None:
     """Set the root of the data set of every dataloader, in place, also inside wrappers such as RepeatDataset."""
-    nodes = [cfg.get(f'{split}_dataloader') for split in ('train', 'val', 'test')]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, dict):
+    for split in ('train', 'val', 'test'):
+        for node in dicts_inside(cfg.get(f'{split}_dataloader')):
             if 'data_root' in node:
                 node['data_root'] = str(data_root)
-            nodes += node.values()
-        elif isinstance(node, (list, tuple)):
-            nodes += node
 
 
 def _check_writable(folder: Path) -> None:

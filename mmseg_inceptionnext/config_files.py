@@ -130,6 +130,16 @@ def dotted_keys(settings: Mapping[str, Any]) -> set[str]:
     return keys
 
 
+def dicts_inside(node: Any) -> Iterator[dict]:
+    """Yield all dicts inside a part of a config, itself included; what is yielded may be changed."""
+    if isinstance(node, dict):
+        yield node
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            yield from dicts_inside(child)
+
+
 def heads(model: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
     """Yield every head of a model's config and the key that it stands under; of cascades, and auxiliary ones."""
     for name in ('decode_head', 'auxiliary_head'):

@@ -46,7 +46,7 @@ def draw_comparison(image: np.ndarray, truth: np.ndarray | None, prediction: np.
     total = len(panels) * (width + _GAP) - _GAP
     size = _text_size(height)
     font, line = ImageFont.load_default(size), size + _GAP
-    present = [label for label in np.unique(np.stack([*maps.values()])) if label < len(classes)]
+    present = [label for label in np.unique(np.stack([*maps.values()])) if 0 <= label < len(classes)]
     picture = Image.new('RGB', (total, line + height), _PAPER)
     draw = ImageDraw.Draw(picture)
     for i, (title, panel) in enumerate(panels.items()):

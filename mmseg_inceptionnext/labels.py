@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from mmseg.datasets import ADE20KDataset
+from torch import Tensor
 
 from mmseg_inceptionnext.errors import UserError
 
@@ -62,6 +64,11 @@ class Classes:
 def ignore_index_of(num_classes: int) -> int:
     """Return the label of pixels without a class: 255, or 65535 for more than 255 classes."""
     return IGNORE_INDEX if num_classes <= IGNORE_INDEX else _IGNORE_INDEX_16_BIT
+
+
+def label_array(labels: Tensor) -> np.ndarray:
+    """Return a label map (1, H, W) of mmseg as (H, W) integers; that of a head with one output channel is float32."""
+    return labels.squeeze(0).to('cpu', torch.int64).numpy()
 
 
 def classes_of_checkpoint(checkpoint: dict, path: str | Path) -> Classes:

@@ -19,7 +19,6 @@ from mmseg_inceptionnext.command_line import (
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.console import quiet_screen
 from mmseg_inceptionnext.evaluation import evaluate
-from mmseg_inceptionnext.evaluation.metrics import HEADLINE
 
 
 def main() -> None:
@@ -68,7 +67,7 @@ def execute(args: argparse.Namespace) -> None:
     if figures is None:
         print(f'The test data have no annotations, so there are no metrics. Predictions are in {", ".join(pictures)}')
         return
-    print(', '.join(f'{key} {figures[key]}' for key in HEADLINE))
+    print(', '.join(f'{key} {value}' for key, value in figures.items() if key != 'per_class'))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + '\n')
     if args.report:

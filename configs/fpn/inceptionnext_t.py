@@ -16,7 +16,7 @@ model = dict(
 )
 # Test sizes are rounded up to a multiple of 32, as PVT and PoolFormer do.
 test_pipeline = [
-    dict(type='ReadImage'),
+    dict(type='LoadImageFromFile'),
     dict(type='Resize', scale={{_base_.test_scale}}, keep_ratio=True),
     dict(type='ResizeToMultiple', size_divisor=32),
     dict(type='LoadAnnotations'),

@@ -20,6 +20,7 @@ from PIL import Image
 from mmseg_inceptionnext.config_files import require
 from mmseg_inceptionnext.data.check import head_faults, list_annotations, list_samples, open_dataset
 from mmseg_inceptionnext.data.class_weights import keep_counts
+from mmseg_inceptionnext.data.ignore_index import use_one_ignore_index
 from mmseg_inceptionnext.data.mask_dataset import MaskDataset
 from mmseg_inceptionnext.data.pipeline import leaf_datasets, missing_ground_truth, remove_ground_truth
 from mmseg_inceptionnext.data.read_pairs import Pair, pair_reader
@@ -109,15 +110,19 @@ class _Source:
     def __init__(self, dataset: BaseSegDataset, pipeline: Sequence[dict], sample: dict):
         self.names = [name.strip() for name in dataset.metainfo['classes']]
         self.scale = _smallest_scale(pipeline)
+        self.channels = next((t['channels'] for t in pipeline if 'channels' in t), 3)
         self.mask_coding = dataset.coding if isinstance(dataset, MaskDataset) else None
         if self.mask_coding:
             self.masks = 'colours' if self.mask_coding.is_colour else 'ids'
             self.unnamed = UnnamedCodes(self.mask_coding)
+            self.ignored = {self.mask_coding.ignore_index}
             return
         self.masks = None
         self.coding = (dataset.reduce_zero_label, len(dataset.label_map or self.names))
         loader = next((t for t in pipeline if t['type'] == 'LoadAnnotations'), dict(type='LoadAnnotations'))
         self.labels = _labels_of_values(loader, sample)
+        checks = [t['ignore_index'] for t in pipeline if t['type'] == 'CheckAnnotation' and 'ignore_index' in t]
+        self.ignored = {IGNORE_INDEX, *checks}  # labels of pixels without a class
         self.by_opencv = loader.get('imdecode_backend') == 'cv2'
 
     def faults(self, image: str, annotation: str | None, pair: Pair) -> Iterator[tuple[str, str]]:
@@ -130,14 +135,14 @@ class _Source:
         if pair.palette and self.by_opencv:
             yield annotation, "has a palette, which LoadAnnotations' imdecode_backend='cv2' reads as colours: remove it"
         for value in pair.counts:
-            if len(self.names) <= self.labels[value] != IGNORE_INDEX:
+            if len(self.names) <= self.labels[value] and self.labels[value] not in self.ignored:
                 hint = ' (it is an index into a palette: if that is of colours, convert it)' if pair.palette else ''
                 yield annotation, label_fault(value, self.coding[1], int(self.coding[0])) + hint
                 return
 
     def reading(self, image: str, annotation: str | None) -> tuple:
         """Return the arguments of :func:`~mmseg_inceptionnext.data.read_pairs.read_pair` for a pair."""
-        return (image, annotation, self.masks) if self.masks else (image, annotation)
+        return image, annotation, self.masks, self.channels
 
     def labels_of(self, counts: dict[int, int]) -> list[int]:
         """Return the label of each value in an annotation; -1 if it has none."""
@@ -145,10 +150,6 @@ class _Source:
         if self.mask_coding:
             return self.mask_coding.labels_of(values).tolist()
         return self.labels[values].tolist()
-
-    @property
-    def ignore_index(self) -> int:
-        return self.mask_coding.ignore_index if self.mask_coding else IGNORE_INDEX
 
 
 def inspect_data(
@@ -176,6 +177,8 @@ def inspect_data(
         UserError: A data root, a folder or every image of a split is missing, or a process was killed.
     """
     require(cfg, 'model', 'train_dataloader')
+    cfg = copy.deepcopy(cfg)
+    use_one_ignore_index(cfg)
     found = Inspection()
     codings: dict[tuple[bool, int], Coding] = {}
     jobs: list[tuple[str, _Source, str, str | None]] = []
@@ -382,8 +385,8 @@ def _count(split: Split, source: _Source, image: str, counts: dict[int, int]) ->
     for label, pixels in zip(source.labels_of(counts), counts.values(), strict=True):
         labels[label] += pixels
     split.pixels += sum(counts.values())
-    split.ignored_pixels += labels[source.ignore_index]
-    present = [label for label in labels if 0 <= label < len(source.names)]
+    split.ignored_pixels += sum(labels[label] for label in source.ignored)
+    present = [label for label in labels if 0 <= label < len(source.names) and label not in source.ignored]
     for label in present:
         split.classes[source.names[label]]['pixels'] += labels[label]
         split.classes[source.names[label]]['files'] += 1

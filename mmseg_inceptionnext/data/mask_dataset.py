@@ -118,7 +118,8 @@ class MaskDataset(BaseSegDataset):
 class ReadMask(BaseTransform):
     """Reads the mask of a :class:`MaskDataset`'s sample as a label map, in the place of mmseg's LoadAnnotations.
 
-    Required keys: img_path, seg_map_path, mask_coding, ori_shape. Added: gt_seg_map, (H, W) uint8 or uint16.
+    Required keys: img_path, seg_map_path, mask_coding, ori_shape. Added: gt_seg_map, (H, W) uint8 or uint16. A sample
+    without ``seg_map_path``, as mmseg's inferencers make it, is left as it is.
 
     Raises:
         BadSample: The mask has another size than its image, or an id or a colour that is not named.
@@ -126,6 +127,8 @@ class ReadMask(BaseTransform):
     """
 
     def transform(self, results: dict) -> dict:
+        if 'seg_map_path' not in results:
+            return results
         labels = read_mask(results['seg_map_path'], results['mask_coding'])
         if labels.shape != tuple(results['ori_shape']):
             sizes = (labels.shape[::-1], results['img_path'], results['ori_shape'][::-1])

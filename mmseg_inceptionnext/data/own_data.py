@@ -9,19 +9,20 @@ from typing import Any
 
 import numpy as np
 from mmengine.config import Config, ConfigDict
-from PIL import Image
 
-from mmseg_inceptionnext.config_files import heads, own_settings, require
+from mmseg_inceptionnext.config_files import dicts_inside, heads, own_settings, require
 from mmseg_inceptionnext.data.check import list_samples, open_dataset
 from mmseg_inceptionnext.data.data_file import SPLITS, DataFile, Folders, read_data_file
-from mmseg_inceptionnext.data.pipeline import GROUND_TRUTH_TRANSFORMS, leaf_datasets
+from mmseg_inceptionnext.data.ignore_index import use_one_ignore_index
+from mmseg_inceptionnext.data.pipeline import GROUND_TRUTH_TRANSFORMS, IMAGE_LOADERS, leaf_datasets
 from mmseg_inceptionnext.data.sampling import evenly_spread
-from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.images import oriented_size
+from mmseg_inceptionnext.errors import UnreadableFile, UserError
+from mmseg_inceptionnext.images import image_size, read_image
 from mmseg_inceptionnext.labels import IGNORE_INDEX, ignore_index_of
 from mmseg_inceptionnext.models.archs import resolve_arch
 
 _SIZES_READ = 200  # images whose sizes are read to find the usual one
+_IMAGES_READ = 32  # images whose values are read to find their mean
 _ADE20K_IMAGES = 20210  # for which the recipes' numbers of iterations are made
 
 
@@ -49,7 +50,7 @@ def use_data_file(cfg: Config, source: str | Path | Mapping[str, Any]) -> list[s
     numbers = ', '.join(f'{len(listed)} {split}' for split, listed in samples.items())
     held_out = f', {data.val_fraction:.0%} of them held out for validation' if data.val_fraction else ''
     lines = [f'data {data.path}: {numbers} images{held_out}']
-    lines += [*_set_classes(cfg, data), *_set_channels(cfg, data.channels)]
+    lines += [*_set_classes(cfg, data), *_set_channels(cfg, data.channels, samples['train'])]
     lines += _set_sizes(cfg, _usual_size(samples['train']), own)
     if not ({'train_cfg', 'param_scheduler'} & own.keys()):
         lines += _set_epochs(cfg)
@@ -94,6 +95,8 @@ def _set_datasets(cfg: Config, data: DataFile) -> None:
             dataset.update(part='train' if split == 'train' else 'val', val_fraction=data.val_fraction)
         # A copy: recipes take the same dataloader for validation and test.
         cfg[f'{split}_dataloader'] = dict(copy.deepcopy(cfg[f'{split}_dataloader']), dataset=dataset)
+    cfg.pop('train_pipeline', None)
+    cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline  # which mmseg's inference_model reads
     if cfg.get('tta_pipeline'):
         cfg.tta_pipeline = [dict(type='MultiScaleTest', pipeline=cfg.test_dataloader.dataset.pipeline)]
 
@@ -120,8 +123,8 @@ def _read_masks(pipeline: list[dict], channels: int) -> list[dict]:
                 changed.append(dict(type='ReadMask'))
         elif channels != 3 and transform['type'] == 'PhotoMetricDistortion':
             continue  # of colours
-        elif transform['type'] == 'ReadImage' and channels != 3:
-            changed.append(dict(transform, channels=channels))
+        elif transform['type'] in IMAGE_LOADERS and channels != 3:
+            changed.append(dict(transform, type='ReadImage', channels=channels))
         else:
             changed.append(copy.deepcopy(transform))
     return changed
@@ -133,33 +136,49 @@ def _set_classes(cfg: Config, data: DataFile) -> Iterator[str]:
         if head.get('out_channels') == head.get('num_classes'):
             head.pop('out_channels', None)
         head.num_classes = number
-        if ignore_index != IGNORE_INDEX or 'ignore_index' in head:
-            head.ignore_index = ignore_index
+        head.pop('ignore_index', None)
+    for metric in dicts_inside([cfg.val_evaluator, cfg.test_evaluator]):
+        metric.pop('ignore_index', None)
     if ignore_index != IGNORE_INDEX:
-        cfg.model.data_preprocessor.seg_pad_val = ignore_index
-        for transform in cfg.train_dataloader.dataset.pipeline:
-            if transform['type'] == 'RandomCrop':
-                transform['ignore_index'] = ignore_index
-    for name in ('val_evaluator', 'test_evaluator'):
-        for metric in cfg[name] if isinstance(cfg[name], list) else [cfg[name]]:
-            if ignore_index != IGNORE_INDEX or 'ignore_index' in metric:
-                metric['ignore_index'] = ignore_index
+        for _, head in heads(cfg.model):
+            head.ignore_index = ignore_index
+        use_one_ignore_index(cfg)
     names = ', '.join(cls.name for cls in data.classes[:5]) + (', …' if number > 5 else '')
     ignored = ', '.join(str(list(code) if isinstance(code, tuple) else code) for code in data.ignored)
     yield f'{number} classes ({names}) in every head; ignored in the masks: {ignored or "nothing"}'
 
 
-def _set_channels(cfg: Config, channels: int) -> Iterator[str]:
+def _set_channels(cfg: Config, channels: int, samples: list[dict]) -> Iterator[str]:
     fit_channels(cfg.model)
     if channels == 3 and cfg.model.backbone.get('in_channels', 3) == 3:
         return
     preprocessor = cfg.model.data_preprocessor
+    origin = 'the averages of the colours'
     for key in ('mean', 'std'):
         if channels != 3 and len(preprocessor[key]) > 1:  # mmengine takes one value or three
             preprocessor[key] = [float(np.mean(preprocessor[key]))]
+    if statistics := _statistics(samples, channels) if channels != 3 else None:
+        preprocessor.mean, preprocessor.std = ([value] for value in statistics)
+        origin = f'{statistics[0]:.4g} and {statistics[1]:.4g}, those of the images, which have more than 8 bits'
     preprocessor.bgr_to_rgb = channels == 3
     cfg.model.backbone.in_channels = channels
-    yield f'{channels} channels: in_channels of the backbone; mean and std are the averages of the colours'
+    yield f'{channels} channels: in_channels of the backbone; mean and std are {origin}'
+
+
+def _statistics(samples: list[dict], channels: int) -> tuple[float, float] | None:
+    """Return mean and standard deviation of the values of some images; None if they have 8 bits."""
+    values = []
+    for sample in evenly_spread(samples, _IMAGES_READ):
+        try:
+            pixels = read_image(sample['img_path'], channels)
+        except UnreadableFile:  # the check names it
+            continue
+        if pixels.dtype == np.uint8:
+            return None
+        values.append(pixels.ravel())
+    if not values:
+        return None
+    return float(np.mean(np.concatenate(values))), float(max(np.std(np.concatenate(values)), 1e-6))
 
 
 def _usual_size(samples: list[dict]) -> tuple[int, int]:
@@ -167,8 +186,7 @@ def _usual_size(samples: list[dict]) -> tuple[int, int]:
     sizes = []
     for sample in evenly_spread(samples, _SIZES_READ):
         try:
-            with Image.open(sample['img_path']) as image:
-                sizes.append(oriented_size(image))
+            sizes.append(image_size(sample['img_path']))
         except Exception:  # a damaged one, which the check names
             continue
     if not sizes:

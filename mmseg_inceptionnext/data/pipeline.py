@@ -1,4 +1,4 @@
-"""Change the test pipelines of a config: several views of an image, no ground truth, images in memory."""
+"""Change the pipelines of a config: safe reading, several views of an image, no ground truth, images in memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from mmcv.transforms import BaseTransform, Compose
 from mmengine import fileio
 from mmseg.registry import TRANSFORMS
 
+from mmseg_inceptionnext.config_files import dicts_inside
+from mmseg_inceptionnext.data.transforms import takes_arguments_of
 from mmseg_inceptionnext.errors import UserError
 
 # Swin's protocol, which the paper's UperNet figures (Table 6) follow: these sizes, and the mirror image of each.
 TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
+IMAGE_LOADERS = ('LoadImageFromFile', 'ReadImage')
 GROUND_TRUTH_TRANSFORMS = ('LoadAnnotations', 'CheckAnnotation', 'ReadMask')
 
 
@@ -46,6 +49,17 @@ def remove_ground_truth(dataset_cfg: dict) -> None:
     for leaf in leaf_datasets(dataset_cfg):
         leaf.data_prefix.pop('seg_map_path', None)
         leaf.pipeline = [t for t in leaf.pipeline if t.type not in GROUND_TRUTH_TRANSFORMS]
+
+
+def read_images_safely(dataset_cfg: dict) -> None:
+    """Replace mmcv's LoadImageFromFile by ReadImage everywhere inside a data set's config, in place.
+
+    The configs name LoadImageFromFile, which mmseg's tools look for by that name. Where its arguments ask for another
+    way to read than ReadImage knows, it stays.
+    """
+    for node in dicts_inside(dataset_cfg):
+        if node.get('type') == 'LoadImageFromFile' and takes_arguments_of(node):
+            node['type'] = 'ReadImage'
 
 
 def use_multi_scale(dataset_cfg: dict) -> None:
@@ -100,6 +114,5 @@ def _multi_scale_views(pipeline: list[dict]) -> tuple[list[dict], list[list[dict
 
 def pipeline_for_arrays(pipeline: list[dict]) -> list[dict]:
     """Return a test pipeline for images in memory, without ground truth."""
-    loaders = ('ReadImage', 'LoadImageFromFile', 'LoadImageFromNDArray')
-    kept = [t for t in pipeline if t.type not in (*loaders, *GROUND_TRUTH_TRANSFORMS)]
+    kept = [t for t in pipeline if t.type not in (*IMAGE_LOADERS, 'LoadImageFromNDArray', *GROUND_TRUTH_TRANSFORMS)]
     return [dict(type='LoadImageFromNDArray'), *kept]

@@ -49,19 +49,20 @@ class Pair:
     wrong: list[tuple[str, str]] = field(default_factory=list)
 
 
-def read_pair(image: str, annotation: str | None, masks: str | None = None) -> Pair:
+def read_pair(image: str, annotation: str | None, masks: str | None = None, channels: int = 3) -> Pair:
     """Decode an image and, if there is one, its annotation; raise nothing, whatever the files hold.
 
     Args:
         image, annotation: Paths.
         masks: What annotations hold: 'ids' of 16 bits or 'colours', as a MaskDataset reads them; default: ids of 8
             bits, as mmseg's LoadAnnotations does.
+        channels: Argument of :func:`~mmseg_inceptionnext.images.read_image`.
     """
     pair = Pair()
     with _noting(pair.wrong, image):
         content = _content(image)
         pair.digest = hashlib.blake2b(content, digest_size=16).digest()
-        pair.size = _image_size(content)
+        pair.size = _image_size(content, channels)
     if annotation is not None:
         with _noting(pair.wrong, annotation), _opened(_content(annotation)) as stored:
             stored.load()
@@ -84,7 +85,7 @@ def read_pair(image: str, annotation: str | None, masks: str | None = None) -> P
 
 
 @contextmanager
-def pair_reader(workers: int) -> Iterator[Callable[[list[tuple[str, str | None, str | None]]], Iterator[Pair]]]:
+def pair_reader(workers: int) -> Iterator[Callable[[list[tuple[str, str | None, str | None, int]]], Iterator[Pair]]]:
     """Yield a function that applies :func:`read_pair` to a list, in several processes.
 
     Results come in the list's order, and are read a few ahead of their use: memory does not grow with the list.
@@ -129,8 +130,11 @@ def _opened(content: bytes) -> Image.Image:
     return image
 
 
-def _image_size(content: bytes) -> tuple[int, int]:
+def _image_size(content: bytes, channels: int) -> tuple[int, int]:
     """Return (width, height) of an image in its EXIF orientation, after all of it has been decoded."""
+    if channels != 3:
+        height, width = read_image(BytesIO(content), channels).shape[:2]
+        return width, height
     with _opened(content) as image:
         width, height = image.size
         if image.format in ('JPEG', 'MPO'):
@@ -148,7 +152,7 @@ def _leave_signals_to_parent() -> None:
 
 
 def _read_in(
-    pool: ProcessPoolExecutor, workers: int, pairs: list[tuple[str, str | None, str | None]]
+    pool: ProcessPoolExecutor, workers: int, pairs: list[tuple[str, str | None, str | None, int]]
 ) -> Iterator[Pair]:
     pending = deque()
     chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
@@ -163,5 +167,5 @@ def _read_in(
         ) from error
 
 
-def _read_pairs(pairs: list[tuple[str, str | None, str | None]]) -> list[Pair]:
+def _read_pairs(pairs: list[tuple[str, str | None, str | None, int]]) -> list[Pair]:
     return list(starmap(read_pair, pairs))

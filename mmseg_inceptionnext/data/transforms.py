@@ -16,6 +16,9 @@ from mmseg_inceptionnext.labels import IGNORE_INDEX
 # LoadAnnotations squeezes what it reads.
 THIN_FAULT = 'is one pixel wide or high: correct the annotation'
 
+# Values of LoadImageFromFile's arguments that ReadImage takes.
+_KNOWN = {'color_type': ('color',), 'imdecode_backend': ('pillow', 'cv2')}
+
 
 @TRANSFORMS.register_module()
 class ReadImage(BaseTransform):
@@ -37,11 +40,9 @@ class ReadImage(BaseTransform):
 
     def __init__(self, to_float32: bool = False, color_type: str = 'color', imdecode_backend: str = 'pillow',
                  ignore_empty: bool = False, backend_args: dict | None = None, channels: int = 3):  # fmt: skip
-        for name, value, known in (
-            ('color_type', color_type, ('color',)), ('imdecode_backend', imdecode_backend, ('pillow', 'cv2')),
-        ):  # fmt: skip
-            if value not in known:
-                raise UserError(f'ReadImage: {name}={value!r} is not one of {known}: take LoadImageFromFile')
+        for name, value in (('color_type', color_type), ('imdecode_backend', imdecode_backend)):
+            if value not in _KNOWN[name]:
+                raise UserError(f'ReadImage: {name}={value!r} is not one of {_KNOWN[name]}: take LoadImageFromFile')
         self.to_float32, self.ignore_empty, self.backend_args = to_float32, ignore_empty, backend_args
         self.channels = channels
 
@@ -67,27 +68,41 @@ class ReadImage(BaseTransform):
         return results
 
 
+def takes_arguments_of(loader: dict) -> bool:
+    """Return whether :class:`ReadImage` reads as the config of a LoadImageFromFile asks for."""
+    arguments = set(loader) - {'type'}
+    return arguments <= {'to_float32', 'ignore_empty', 'backend_args', *_KNOWN} and all(
+        loader[name] in _KNOWN[name] for name in arguments & set(_KNOWN)
+    )
+
+
 @TRANSFORMS.register_module()
 class CheckAnnotation(BaseTransform):
     """Checks the label map after LoadAnnotations: one that would fail later or train wrongly is an error.
 
-    On a GPU, a label out of range ends in a device-side assert that names no file.
+    On a GPU, a label out of range ends in a device-side assert that names no file. A sample without a label map, as
+    mmseg's inferencers make it, is left as it is.
 
     Args:
-        num_classes: Labels 0 … num_classes - 1 are valid, and 255 is ignored.
+        num_classes: Labels 0 … num_classes - 1 are valid.
+        ignore_index: Label of pixels without a class. So is 255, which LoadAnnotations makes of label 0 where
+            ``reduce_zero_label`` is set: it becomes this label.
         backend_args: Argument of LoadAnnotations.
 
     Raises:
         BadSample: It has several channels, another size than its image, or an invalid label.
     """
 
-    def __init__(self, num_classes: int, backend_args: dict | None = None):
-        self.num_classes, self.backend_args = num_classes, backend_args
+    def __init__(self, num_classes: int, ignore_index: int = IGNORE_INDEX, backend_args: dict | None = None):
+        self.num_classes, self.ignore_index, self.backend_args = num_classes, ignore_index, backend_args
 
     def __repr__(self) -> str:
-        return f'{type(self).__name__}(num_classes={self.num_classes}, backend_args={self.backend_args})'
+        settings = (f'{name}={value!r}' for name, value in vars(self).items())
+        return f'{type(self).__name__}({", ".join(settings)})'
 
     def transform(self, results: dict) -> dict:
+        if 'gt_seg_map' not in results:
+            return results
         labels, path = results['gt_seg_map'], results['seg_map_path']
         with Image.open(
             local_or_content(path, self.backend_args)
@@ -101,10 +116,13 @@ class CheckAnnotation(BaseTransform):
         if labels.shape != tuple(results['ori_shape']):
             raise BadSample(f'{path} {size_fault(labels.shape[::-1], results["img_path"], results["ori_shape"][::-1])}')
         present = np.flatnonzero(np.bincount(labels.ravel()))
-        wrong = [int(label) for label in present if self.num_classes <= label != IGNORE_INDEX]
+        ignored = (IGNORE_INDEX, self.ignore_index)
+        wrong = [int(label) for label in present if self.num_classes <= label and label not in ignored]
         if wrong:
             shift = int(results['reduce_zero_label'])
             raise BadSample(f'{path} {label_fault(wrong[0] + shift, self.num_classes, shift)}')
+        if self.ignore_index != IGNORE_INDEX:
+            results['gt_seg_map'] = np.where(labels == IGNORE_INDEX, self.ignore_index, labels).astype(labels.dtype)
         return results
 
 

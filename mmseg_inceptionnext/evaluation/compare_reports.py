@@ -8,7 +8,6 @@ from pathlib import Path
 
 from mmseg_inceptionnext.command_line import markdown_table
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.evaluation.metrics import HEADLINE
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ def read_report(path: str | Path) -> dict:
     file = path / 'report.json' if path.is_dir() else path
     try:
         report = json.loads(file.read_text())
-        ious = [row['IoU'] for row in report['per_class'].values()] + [report[key] for key in HEADLINE]
-        if not all(iou is None or isinstance(iou, (int, float)) for iou in ious):
+        ious = [row['IoU'] for row in report['per_class'].values()] + [report['mIoU']]
+        if not all(map(_is_figure, ious)):
             raise TypeError('a figure is not a number')
         names = [image['path'] for image in report['images']]
         if not all(isinstance(name, str) for name in names):
@@ -73,12 +72,16 @@ def compare_reports(a: dict, b: dict) -> Comparison:
     changed = {name: pair for name, pair in known.items() if pair[0] != pair[1]}
     names = [sorted(Path(image['path']).name for image in report['images']) for report in (a, b)]
     return Comparison(
-        headline={key: (a[key], b[key]) for key in HEADLINE},
+        headline={key: (a[key], b[key]) for key in a if key in b and _is_figure(a[key]) and _is_figure(b[key])},
         classes=dict(sorted(changed.items(), key=lambda item: item[1][0] - item[1][1])),
         unchanged=len(known) - len(changed),
         one_sided={name: pair for name, pair in pairs.items() if pair.count(None) == 1},
         same_images=names[0] == names[1],
     )
+
+
+def _is_figure(value) -> bool:
+    return value is None or isinstance(value, (int, float))
 
 
 def comparison_text(comparison: Comparison) -> str:

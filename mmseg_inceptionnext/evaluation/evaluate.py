@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from numbers import Real
 from pathlib import Path
 
 from mmengine.config import Config
@@ -15,6 +16,7 @@ from torch import nn
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.config_files import require
 from mmseg_inceptionnext.data.check import check_data
+from mmseg_inceptionnext.data.ignore_index import use_one_ignore_index
 from mmseg_inceptionnext.data.pipeline import missing_ground_truth, remove_ground_truth, use_multi_scale
 from mmseg_inceptionnext.distributed import init_process_group
 from mmseg_inceptionnext.errors import UserError
@@ -45,15 +47,17 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
             that folder does not exist.
 
     Returns:
-        ``{'mIoU', 'mAcc', 'aAcc', 'per_class': {name: {'IoU', 'Acc'}}}`` in percent; IoU is None for a class that is
-        neither in the ground truth nor predicted, Acc for one that is not in the ground truth. Without ground truth,
-        None instead of the dict.
+        ``{'mIoU', 'mAcc', 'aAcc', 'per_class': {name: {'IoU', 'Acc'}}}`` in percent, and all other metrics that the
+        config asks for, such as 'mDice' and 'Dice' of each class. IoU is None for a class that is neither in the ground
+        truth nor predicted, Acc for one that is not in the ground truth. Without ground truth, None instead of the
+        dict.
 
     Raises:
         UserError: The data set, the checkpoint or the metric cannot be read or does not fit the config.
     """
     require(cfg, 'model', 'test_dataloader', 'test_evaluator', 'test_cfg')
     cfg = copy.deepcopy(cfg)
+    use_one_ignore_index(cfg)
     metric_cfg = _iou_metric(cfg)
     no_truth = missing_ground_truth(cfg.test_dataloader.dataset)
     if no_truth is None and metric_cfg.get('format_only'):
@@ -90,10 +94,12 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
         runner.model = _prepared(runner.model, fast, tta)
     if out is not None or show_dir is not None:
         _check_names_differ(runner.test_dataloader.dataset)
-    runner.test()
+    metrics = runner.test()
     if no_truth:
         return None
     figures = _metric(runner, PerClassIoUMetric).figures
+    others = {key: value for key, value in metrics.items() if key not in figures and isinstance(value, Real)}
+    figures = {key: float(value) for key, value in others.items()} | figures
     if report is not None and is_main_process():
         images = _metric(runner, ConfusionMetric).images
         write_report(report, figures, images, runner.test_dataloader.dataset.metainfo, cfg, checkpoint, report_images)
@@ -124,7 +130,6 @@ def _iou_metric(cfg: Config) -> dict:
     for metric in _listed(cfg.test_evaluator):
         if metric.type in ('IoUMetric', 'PerClassIoUMetric'):
             metric.type = 'PerClassIoUMetric'
-            metric.iou_metrics = ['mIoU', *(name for name in metric.get('iou_metrics', []) if name != 'mIoU')]
             return metric
     raise UserError("test_evaluator has no IoU metric: add dict(type='PerClassIoUMetric', iou_metrics=['mIoU'])")
 

@@ -13,50 +13,81 @@ from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
 from PIL import Image
 
-from mmseg_inceptionnext.labels import Classes, codes_of_meta, ignore_index_of
+from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.labels import Classes, codes_of_meta, ignore_index_of, label_array
 
 # Metrics of a whole test set, in percent, and their long names.
-HEADLINE = {'mIoU': 'mean IoU', 'mAcc': 'mean accuracy', 'aAcc': 'pixel accuracy'}
+TITLES = {
+    'mIoU': 'mean IoU', 'mAcc': 'mean accuracy', 'mDice': 'mean Dice', 'mFscore': 'mean F-score',
+    'mPrecision': 'mean precision', 'mRecall': 'mean recall', 'aAcc': 'pixel accuracy',
+}  # fmt: skip
+_GROUPS = ('mIoU', 'mDice', 'mFscore')  # what mmseg's iou_metrics can ask for
 
 
 @METRICS.register_module()
 class PerClassIoUMetric(IoUMetric):
-    """mmseg's IoUMetric, which also keeps the IoU and accuracy of each class.
+    """mmseg's IoUMetric, which also keeps the figures of each class.
 
-    The label maps that it writes are in the coding of the data set's annotations.
+    - IoU and accuracy are kept whatever ``iou_metrics`` asks for.
+    - The label maps that it writes are in the coding of the data set's annotations.
+    - A label that is no class is left out, as ``ignore_index`` is; in mmseg's, predictions there enlarge the union.
 
     Attributes:
         figures (dict): After an evaluation, what :func:`~mmseg_inceptionnext.evaluation.evaluate` returns; on rank 0
             alone.
+
+    Raises:
+        UserError: ``iou_metrics`` names an unknown metric.
     """
 
     figures: dict = {}
 
+    def __init__(self, *args, iou_metrics: Sequence[str] | str = ('mIoU',), **kwargs):
+        names = [iou_metrics] if isinstance(iou_metrics, str) else list(iou_metrics)
+        if unknown := [name for name in names if name not in _GROUPS]:
+            raise UserError(f'iou_metrics of the evaluator has {unknown[0]!r}: it can be {", ".join(_GROUPS)}')
+        super().__init__(*args, iou_metrics=names, **kwargs)
+
     def process(self, data_batch, data_samples: Sequence[dict]) -> None:
         folder, self.output_dir = self.output_dir, None  # mmseg would write labels + 1, or labels
-        super().process(data_batch, data_samples)
+        names = tuple(self.dataset_meta['classes'])
+        super().process(data_batch, [self._without_unknown(sample, len(names)) for sample in data_samples])
         self.output_dir = folder
         if not folder:
             return
-        names = tuple(self.dataset_meta['classes'])
         classes = Classes(names, (), codes_of_meta(self.dataset_meta, len(names)))
         for sample in data_samples:
-            labels = sample['pred_sem_seg']['data'].squeeze(0).cpu().numpy()
+            labels = label_array(sample['pred_sem_seg']['data'])
             Image.fromarray(classes.encode(labels)).save(Path(folder, f'{Path(sample["img_path"]).stem}.png'))
+
+    def _without_unknown(self, sample: dict, num_classes: int) -> dict:
+        if self.format_only:
+            return sample
+        truth = sample['gt_sem_seg']['data']
+        truth = truth.where(truth < num_classes, self.ignore_index)
+        return dict(sample, gt_sem_seg=dict(data=truth))
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         metrics = super().compute_metrics(results)
         if not self.format_only:
-            ratios = self.total_area_to_metrics(*(sum(areas) for areas in zip(*results, strict=True)), ['mIoU'])
+            asked = list(dict.fromkeys([*self.metrics, 'mIoU']))
+            areas = (sum(areas) for areas in zip(*results, strict=True))
+            ratios = self.total_area_to_metrics(*areas, asked, self.nan_to_num, self.beta)
+            overall = 100 * float(ratios.pop('aAcc'))
             names = (name.strip() for name in self.dataset_meta['classes'])
             self.figures = {
-                **{key: _rounded(metrics[key]) for key in HEADLINE},
+                **{f'm{kind}': _rounded(metrics.get(f'm{kind}', 100 * _mean(row))) for kind, row in ratios.items()},
+                'aAcc': _rounded(overall),
                 'per_class': {
-                    name: {'IoU': _rounded(100 * iou), 'Acc': _rounded(100 * acc)}
-                    for name, iou, acc in zip(names, ratios['IoU'], ratios['Acc'], strict=True)
+                    name: dict(zip(ratios, (_rounded(100 * value) for value in row), strict=True))
+                    for name, *row in zip(names, *ratios.values(), strict=True)
                 },
             }
         return metrics
+
+
+def _mean(of_classes: np.ndarray) -> float:
+    return np.nan if np.isnan(of_classes).all() else np.nanmean(of_classes)
 
 
 def _rounded(percent: float) -> float | None:
@@ -114,8 +145,9 @@ class ConfusionMetric(BaseMetric):
         unlabelled = ignore_index_of(len(self.dataset_meta['classes']))
         dtype = np.min_scalar_type(unlabelled)
         for sample in data_samples:
-            truth, prediction = (sample[key]['data'].squeeze(0).cpu().numpy() for key in ('gt_sem_seg', 'pred_sem_seg'))
-            truth = np.where(truth == self.ignore_index, unlabelled, truth).astype(dtype)
+            truth, prediction = (label_array(sample[key]['data']) for key in ('gt_sem_seg', 'pred_sem_seg'))
+            is_class = (truth != self.ignore_index) & (truth < len(self.dataset_meta['classes']))
+            truth = np.where(is_class, truth, unlabelled).astype(dtype)
             pairs = confused_pairs(truth, prediction, unlabelled)
             self.results.append(EvaluatedImage(sample['img_path'], _png(truth), _png(prediction.astype(dtype)), pairs))
 

@@ -27,8 +27,8 @@ from PIL import Image
 
 from mmseg_inceptionnext.device import device_name
 from mmseg_inceptionnext.drawing import draw_overlay
-from mmseg_inceptionnext.evaluation.metrics import HEADLINE, EvaluatedImage, ious, total_confusion
-from mmseg_inceptionnext.images import local_or_content, read_image
+from mmseg_inceptionnext.evaluation.metrics import TITLES, EvaluatedImage, ious, total_confusion
+from mmseg_inceptionnext.images import local_or_content, read_picture
 from mmseg_inceptionnext.labels import ignore_index_of
 from mmseg_inceptionnext.version import __version__
 
@@ -56,8 +56,9 @@ def write_report(folder: str | Path, figures: dict, images: Sequence[EvaluatedIm
     palette = [tuple(map(int, colour)) for colour in meta['palette']]
     confusion = total_confusion(images, len(classes))
     ranked = sorted((image for image in images if len(image.pairs)), key=lambda image: image.miou)
+    headline = {key: value for key, value in figures.items() if key != 'per_class'}
     report = {
-        **{key: figures[key] for key in HEADLINE},
+        **headline,
         'per_class': {
             name: {**figures['per_class'][name], 'pixels': int(pixels)}
             for name, pixels in zip(classes, confusion.sum(1), strict=True)
@@ -78,7 +79,8 @@ def write_report(folder: str | Path, figures: dict, images: Sequence[EvaluatedIm
     page = environment.get_template('report.html.j2').render(
         name='/'.join(Path(checkpoint).parts[-2:]),
         report=report,
-        headline=HEADLINE,
+        headline={key: TITLES.get(key, key) for key in headline},
+        columns=list(next(iter(figures['per_class'].values()))),
         num_images=len(images),
         colours=dict(zip(classes, palette, strict=True)),
         labelled_pixels=int(confusion.sum()),
@@ -172,7 +174,7 @@ def _panels(image: EvaluatedImage, classes: Sequence[str], palette: Sequence[tup
     truth, prediction = (
         np.asarray(Image.open(io.BytesIO(png))).astype(np.int64) for png in (image.truth_png, image.prediction_png)
     )
-    pixels = read_image(local_or_content(image.path))
+    pixels = read_picture(local_or_content(image.path))
     labelled = truth != ignore_index_of(len(classes))
     errors = np.full_like(pixels, 255)
     errors[labelled] = np.where((truth == prediction)[labelled, None], _RIGHT, _WRONG)

@@ -194,6 +194,10 @@ class OnnxModel:
                 f'{self.path} takes images of {width}×{height}, not of {w}×{h}: export it with dynamic=True, or '
                 f'with shape=({h}, {w})'
             )
+        if images.dtype != np.uint8 and self.contract.dtype == 'uint8':
+            raise UserError(
+                f"{self.path} takes values of 8 bits, and these images have more: export it with dtype='float32'"
+            )
         images = images.astype(self.contract.dtype, copy=False)
         batches = np.split(images, len(images)) if shape else [images]
         try:

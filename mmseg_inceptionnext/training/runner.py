@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from mmseg_inceptionnext.console import is_quiet, quieten, say
 from mmseg_inceptionnext.data.guard import CurrentFiles, guard_pipelines
+from mmseg_inceptionnext.data.pipeline import read_images_safely
 from mmseg_inceptionnext.distributed import any_rank
 from mmseg_inceptionnext.errors import BadSample, UserError, first_sentence, one_line
 from mmseg_inceptionnext.files import DISK_FULL_ERRNOS, atomic_write
@@ -196,6 +198,9 @@ class FaultTolerantMixin:
     def build_dataloader(self, dataloader: dict | DataLoader, *args, **kwargs) -> DataLoader:
         """Build the data loader; its data set names its files on failure, its workers ignore signals."""
         training = dataloader is self._train_dataloader
+        if isinstance(dataloader, dict):
+            dataloader = copy.deepcopy(dataloader)
+            read_images_safely(dataloader)
         loader = super().build_dataloader(dataloader, *args, **kwargs)
         current = CurrentFiles(loader.num_workers)
         self._current_files.append(current)

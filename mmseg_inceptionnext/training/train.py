@@ -17,6 +17,7 @@ from mmseg_inceptionnext.config_files import require
 from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.data.check import check_data, open_dataset
 from mmseg_inceptionnext.data.class_weights import read_counts, use_class_weights
+from mmseg_inceptionnext.data.ignore_index import use_one_ignore_index
 from mmseg_inceptionnext.data.inspection import inspect_data
 from mmseg_inceptionnext.data.pipeline import leaf_datasets
 from mmseg_inceptionnext.device import available_cores
@@ -114,6 +115,7 @@ def apply(cfg: Config, options: TrainOptions) -> ResumePoint | None:
     Raises:
         UserError: There are checkpoints to resume from, and none of them can be used.
     """
+    use_one_ignore_index(cfg)
     if options.weights is not None:
         pretrained = dict(type='Pretrained', checkpoint=options.weights)
         cfg.model.backbone.init_cfg = None if options.weights == 'none' else pretrained

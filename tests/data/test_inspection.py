@@ -366,7 +366,7 @@ def test_a_sample_compares_all_names(root, cfg):
 
 
 def test_a_killed_process_is_one_line_that_names_the_files(root, cfg, monkeypatch):
-    monkeypatch.setattr(read_pairs, 'read_pair', lambda image, annotation: os._exit(9))
+    monkeypatch.setattr(read_pairs, 'read_pair', lambda image, annotation, *_: os._exit(9))
     with pytest.raises(UserError) as caught:
         inspect_data(cfg, workers=2)
     assert str(image(root)) in str(caught.value) and '\n' not in str(caught.value)

@@ -5,7 +5,7 @@ test_scale = (2048, 512)
 
 train_pipeline = [
     dict(type='SeedAugmentation'),
-    dict(type='ReadImage'),
+    dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='CheckAnnotation', num_classes=num_classes),
     dict(type='RandomResize', scale=test_scale, ratio_range=(0.5, 2.0), keep_ratio=True),
@@ -16,7 +16,7 @@ train_pipeline = [
 ]
 # The annotation is loaded after the resize and stays as it is: predictions are brought to its size.
 test_pipeline = [
-    dict(type='ReadImage'),
+    dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=test_scale, keep_ratio=True),
     dict(type='LoadAnnotations'),
     dict(type='CheckAnnotation', num_classes=num_classes),

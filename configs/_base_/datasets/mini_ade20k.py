@@ -4,7 +4,7 @@ test_scale = (640, 160)
 
 train_pipeline = [
     dict(type='SeedAugmentation'),
-    dict(type='ReadImage'),
+    dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='CheckAnnotation', num_classes={{_base_.num_classes}}),
     dict(type='RandomResize', scale=test_scale, ratio_range=(0.8, 1.2), keep_ratio=True),
@@ -14,7 +14,7 @@ train_pipeline = [
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [
-    dict(type='ReadImage'),
+    dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=test_scale, keep_ratio=True),
     dict(type='LoadAnnotations'),
     dict(type='CheckAnnotation', num_classes={{_base_.num_classes}}),
