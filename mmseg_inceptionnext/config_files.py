@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +13,8 @@ from mmengine.config import Config, ConfigDict
 
 from mmseg_inceptionnext.errors import MissingFile, UserError
 
+_SCOPE = 'mmseg_inceptionnext'
+
 # What follows the number of iterations, unless the user sets it.
 SCHEDULE_KEYS = ('train_cfg.val_interval', 'default_hooks.checkpoint.interval', 'param_scheduler')
 
@@ -20,18 +22,45 @@ SCHEDULE_KEYS = ('train_cfg.val_interval', 'default_hooks.checkpoint.interval', 
 def read_config(path: str | Path) -> Config:
     """Read a config file as it is.
 
+    Modules that its ``custom_imports`` names may lie beside it.
+
     Args:
         path: Path of a config, or name of one that the package ships, such as 'upernet/inceptionnext_t'.
 
     Raises:
-        UserError: There is no such config, or it cannot be read.
+        UserError: There is no such config, it cannot be read, or a module that it imports cannot be.
     """
     path = find_config(path)
+    folder = str(path.absolute().parent)
+    if folder not in sys.path and not _is_shipped(path):
+        sys.path.append(folder)  # for good: workers import what they unpickle
     try:
-        return Config.fromfile(path)
+        return _load(path)
     except Exception as error:  # a config is a program of the user's: it can raise anything
         reason = next(iter(str(error).strip().splitlines()), '')
+        if isinstance(error, ImportError) and error.__cause__:  # mmengine's, whose cause names the module
+            causes = (error.__cause__, error.__cause__.__context__)
+            reason = ': '.join(str(cause).splitlines()[0] for cause in causes if str(cause or ''))
+            raise UserError(
+                f'{path}: custom_imports: {reason}: put the module into {folder} or on PYTHONPATH, or install it'
+            ) from error
         raise UserError(f'{path} cannot be read as a config: {type(error).__name__}: {reason}') from error
+
+
+def _load(path: Path) -> Config:
+    """Read a config; without the marks of what it inherits by ``mmseg_inceptionnext::…``.
+
+    mmengine puts a scope into each of those dicts, which is no argument. Our classes are in mmseg's registries anyway.
+    """
+    cfg = Config.fromfile(path)
+    for node in dicts_inside(cfg._cfg_dict):
+        if node.get('_scope_') == _SCOPE:
+            del node['_scope_']
+    return cfg
+
+
+def _is_shipped(path: Path) -> bool:
+    return shipped_folder('configs').resolve() in path.resolve().parents
 
 
 def find_config(path: str | Path) -> Path:
@@ -91,21 +120,16 @@ def own_settings(cfg: Config) -> dict[str, Any]:
     Everything, if it inherits from none, as the config that a run saves.
     """
     path = Path(cfg.filename).resolve()
-    if shipped_folder('configs').resolve() in path.parents:
+    if _is_shipped(path):
         return {}  # a recipe
-    tree = ast.parse(path.read_text(encoding='utf-8'))
-    bases = next(
-        (ast.literal_eval(node.value) for node in tree.body
-         if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '_base_'), None
-    )  # fmt: skip
-    if bases is None:
+    bases = Config._get_base_files(str(path))  # evaluates `_base_`, which may be an expression
+    if not bases:
         return cfg.to_dict()
-    bases = [bases] if isinstance(bases, str) else bases
     bases = [base if '::' in base else str(path.parent / base) for base in bases]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, 'bases.py')
         file.write_text(f'_base_ = {bases!r}\n', encoding='utf-8')
-        inherited = Config.fromfile(file)
+        inherited = _load(file)
     return _difference(cfg.to_dict(), inherited.to_dict())
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
 from mmengine import fileio
 from mmengine.config import Config
 from mmseg.datasets import BaseSegDataset
@@ -23,6 +27,8 @@ _HOW_TO_GET_ADE20K = (
     'pass data_root=DIR, or unpack ADEChallengeData2016.zip (http://sceneparsing.csail.mit.edu) there; '
     '`python -m mmseg_inceptionnext mini-ade20k --out DIR` makes a small data set to try'
 )
+_MOST_LISTED = 10000  # files of a folder whose suffixes are counted
+_META_KEYS = ('classes', 'palette')
 _SAMPLE = 32  # masks that are read before a training, evenly spread
 
 
@@ -78,8 +84,9 @@ def open_dataset(dataset_cfg: dict) -> BaseSegDataset:
     """Build the data set of a config without its pipeline; its files are not listed yet.
 
     Raises:
-        UserError: Its root, one of its folders or its list of images does not exist.
+        UserError: Its root, one of its folders or its list of images does not exist, or its ``metainfo`` is wrong.
     """
+    _check_metainfo(dataset_cfg)
     backend = dict(backend_args=dataset_cfg.get('backend_args'))
     root = dataset_cfg.get('data_root')
     if root and not fileio.isdir(root, **backend):
@@ -91,6 +98,39 @@ def open_dataset(dataset_cfg: dict) -> BaseSegDataset:
     if dataset.ann_file and not fileio.exists(dataset.ann_file, **backend):
         raise MissingFile(f'no list of images at {displayed_path(dataset.ann_file)}: correct ann_file')
     return dataset
+
+
+def _check_metainfo(dataset_cfg: dict) -> None:
+    """Check the names and colours that a config gives; mmengine takes a string for the path of a file, or its letters.
+
+    Names must be those of the data set's class, if that has any: mmseg takes them for a choice among them.
+    """
+    meta, kind = dataset_cfg.get('metainfo') or {}, DATASETS.get(dataset_cfg['type'])
+    names, palette = meta.get('classes'), meta.get('palette')
+    for key in meta:
+        if key not in _META_KEYS and (close := difflib.get_close_matches(key.lower(), _META_KEYS, n=1)):
+            raise UserError(f'metainfo has the key {key!r}, which nobody reads: did you mean {close[0]!r}?')
+    if isinstance(names, str) and not os.path.isfile(names):
+        raise UserError(f'metainfo.classes={names!r} is a string, and no file: write a list, [{names!r}]')
+    if names is None or isinstance(names, str):
+        return
+    if len(set(names)) < len(names):
+        raise UserError(f'metainfo.classes names {next(n for n in names if list(names).count(n) > 1)!r} twice')
+    known = (getattr(kind, 'METAINFO', None) or {}).get('classes')
+    if known and (odd := [name for name in names if name not in known]):
+        close = difflib.get_close_matches(str(odd[0]), list(known), n=1)
+        meant = f'did you mean {close[0]!r}? ' if close else ''
+        raise UserError(
+            f'metainfo.classes has {odd[0]!r}, which is no class of {kind.__name__}: {meant}For other classes take '
+            '`--data FILE`, or type=BaseSegDataset'
+        )
+    if palette is None:
+        return
+    if len(palette) not in (len(names), len(known or names)):
+        raise UserError(f'metainfo.palette has {len(palette)} colours for {len(names)} classes: give one for each')
+    for colour in palette:
+        if np.shape(colour) != (3,) or not all(isinstance(value, int) and 0 <= value <= 255 for value in colour):
+            raise UserError(f'metainfo.palette has {colour!r}: a colour is [red, green, blue], each from 0 to 255')
 
 
 def _how_to_get(dataset_cfg: dict) -> str:
@@ -107,8 +147,20 @@ def list_samples(dataset: BaseSegDataset) -> list[dict]:
     samples = dataset.load_data_list()
     if not samples:
         suffix = '' if isinstance(dataset, MaskDataset) else f'*{dataset.img_suffix} '
-        raise MissingFile(f'no {suffix}image in {displayed_path(dataset.data_prefix["img_path"])}')
+        folder = dataset.data_prefix['img_path']
+        raise MissingFile(f'no {suffix}image in {displayed_path(folder)}{_what_is_there(dataset, folder)}')
     return samples
+
+
+def _what_is_there(dataset: BaseSegDataset, folder: str) -> str:
+    """Say which suffixes the files in a folder have."""
+    files = fileio.list_dir_or_file(folder, list_dir=False, recursive=True, backend_args=dataset.backend_args)
+    suffixes = Counter(os.path.splitext(name)[1] or 'no suffix' for name in itertools.islice(files, _MOST_LISTED))
+    if not suffixes:
+        return ', which is empty'
+    there = ', '.join(f'{number} × {suffix}' for suffix, number in suffixes.most_common(5))
+    hint = '' if isinstance(dataset, MaskDataset) else ': set img_suffix'
+    return f', where there are {there}{hint}'
 
 
 def list_annotations(dataset: BaseSegDataset) -> set[str]:
