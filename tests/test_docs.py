@@ -368,7 +368,7 @@ def stand_in(word: str) -> str:
 
 def to_run(page: Path) -> list[Command | Block]:
     """In the order of the page."""
-    found = [c for c in commands() if c.is_python and not c.mark] + blocks('python')
+    found = [c for c in commands() if c.is_python and not c.mark and c.text not in ELSEWHERE] + blocks('python')
     return sorted((item for item in found if item.page == page), key=lambda item: item.line)
 
 

@@ -20,7 +20,12 @@ def main() -> None:
     parser.add_argument('checkpoint', help='checkpoint of a segmentor trained with it')
     parser.add_argument('--out', metavar='FILE', type=output_file, required=True, help='.onnx or .pt2')
     parser.add_argument(
-        '--shape', nargs=2, type=int, metavar=('H', 'W'), default=(512, 512), help='size of the images (512 512)'
+        '--shape',
+        nargs=2,
+        type=int,
+        metavar=('H', 'W'),
+        default=(512, 512),
+        help='size of the images, before the test pipeline (512 512)',
     )
     parser.add_argument('--dynamic', action='store_true', help='any size from 32 pixels on, any number of images')
     result = parser.add_mutually_exclusive_group()
@@ -39,14 +44,18 @@ def main() -> None:
     parser.add_argument(
         '--classes', metavar='ade20k|FILE', help='if the checkpoint has no names: FILE holds NAME or NAME #RRGGBB lines'
     )
+    parser.add_argument('--device', default='cpu', help='device that a .pt2 is made for, and compared on (cpu)')
     add_trust_option(parser)
     args = parser.parse_args()
 
     with trusting_checkpoints(args.trust_checkpoint):
         verified = export(
             args.config, args.checkpoint, args.out, tuple(args.shape), args.dynamic, args.labels, args.dtype,
-            args.precision, args.verify, args.images, args.classes,
+            args.precision, args.verify, args.images, args.classes, args.device,
         )  # fmt: skip
+    if verified.shape and verified.shape != tuple(args.shape):
+        (height, width), (h, w) = verified.shape, args.shape
+        print(f'The test pipeline resizes images of {w}×{h} to {width}×{height}: that is the size that the file takes')
     logits = '' if args.labels else f'its logits are within {verified.error:.1e} of the largest, and '
     print(
         f'{args.out}: {args.out.stat().st_size / 2**20:.0f} MiB. On {verified.images} images {logits}'

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +22,14 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from mmseg_inceptionnext.data.pipeline import leaf_datasets, pipeline_for_arrays
+from mmseg_inceptionnext.device import find_device
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.export.exportable import ExportableSegmentor
+from mmseg_inceptionnext.export.exportable import ExportableSegmentor, threshold_of
 from mmseg_inceptionnext.files import atomic_write
 from mmseg_inceptionnext.images import read_image, swap_rgb
-from mmseg_inceptionnext.inference.onnx_model import Contract, OnnxModel, check_resize, import_onnx, is_onnx
+from mmseg_inceptionnext.inference.onnx_model import Contract, OnnxModel, check_resize, import_onnx, is_onnx, two_logits
 from mmseg_inceptionnext.inference.segmentor import load_trained
-from mmseg_inceptionnext.models.build import LARGEST_STRIDE, channels_of
+from mmseg_inceptionnext.models.build import LARGEST_STRIDE, channels_of, heads_of
 from mmseg_inceptionnext.version import __version__
 
 # How far a logit may be from mmseg's, relative to the largest. Half precision has 11 bits and rounds in every layer.
@@ -38,12 +41,14 @@ class Verification:
     """How a file compares with the segmentor that it was made from.
 
     Attributes:
+        shape: Height and width that the file takes; None for any.
         images: Number of images that were run through both.
         error: Largest deviation of a logit, relative to the largest logit. For labels, half the difference between the
             largest logit and that of the chosen class.
         differing: Share of pixels whose labels differ: ties, which the deviation decides.
     """
 
+    shape: tuple[int, int] | None
     images: int
     error: float
     differing: float
@@ -61,6 +66,7 @@ def export(
     verify: int = 3,
     images: Sequence[str | Path] = (),
     classes: str | Path | None = None,
+    device: str | torch.device = 'cpu',
 ) -> Verification:
     """Write a segmentor into a file that needs neither this package nor mmseg, and compare what both compute.
 
@@ -68,13 +74,15 @@ def export(
         config, checkpoint, classes: Arguments of :class:`~mmseg_inceptionnext.Segmentor`.
         out: Path of the file: ``.onnx``, or ``.pt2`` for a program of torch.export. It is kept if the comparison
             succeeds.
-        shape: Height and width of the images.
-        dynamic: Accept any size from 32 pixels a side on, and any number of images.
+        shape: Height and width of the images. The file takes the size that the config's test pipeline makes of it.
+        dynamic: Accept any size from 32 pixels a side on, and any number of images; for a UPerHead or an FPNHead.
         labels: Return labels, not logits; :class:`~mmseg_inceptionnext.inference.onnx_model.Contract` has their shapes.
         dtype: Dtype of the input, 'uint8' or 'float32', of the same values.
         precision: 'fp32', or 'fp16' for weights and arithmetic in half precision.
         verify: Number of random images to compare on, of several sizes if ``dynamic``.
-        images: Image files to compare on as well, resized as by the config's test pipeline, or to ``shape``.
+        images: Image files to compare on as well, resized as by the config's test pipeline, or to the file's size.
+        device: Device that traces the segmentor and computes what the file is compared with; a ``.pt2`` runs on such a
+            one.
 
     Raises:
         UserError: The segmentor or its test pipeline cannot be exported; the size is too small; there is nothing to
@@ -91,15 +99,22 @@ def export(
         raise UserError(f'shape={tuple(shape)}: no side may be shorter than {LARGEST_STRIDE}')
     if verify + len(images) < 1:
         raise UserError('there is no image to compare on: pass verify=1 or more, or images=FILE')
+    device = find_device(device)
     cfg, model, found = load_trained(config, checkpoint, classes)
     prepare = resize_transforms(pipeline_for_arrays(leaf_datasets(cfg.test_dataloader.dataset)[0].pipeline))
     module = ExportableSegmentor(model, labels, winograd=not dynamic and precision == 'fp32')
+    if dynamic and not module.any_size:
+        heads = ' and '.join(type(head).__name__ for head in heads_of(model))
+        raise UserError(f'{heads} can be exported for one size: drop dynamic=True, and give shape=(H, W)')
     if precision == 'fp16':
         module = module.half()
     contract = Contract(
-        found, labels, dtype, None if dynamic else tuple(shape), prepare, model.align_corners, precision,
-        channels_of(model),
-    )  # fmt: skip
+        found, labels, dtype, None, prepare, model.align_corners, precision, channels_of(model), threshold_of(model)
+    )
+    if not dynamic:
+        contract = dataclasses.replace(contract, shape=_network_size(shape, contract))
+        shape = contract.shape
+    model, module = model.to(device), module.to(device)
     pictures = [
         *_random_images(verify, contract.channels, shape, dynamic),
         *(_real_image(path, contract) for path in images),
@@ -107,7 +122,10 @@ def export(
     with _quiet():
         program = _trace(module, contract, shape)
         with atomic_write(out) as path:
-            run = _write_onnx(program, contract, path) if is_onnx(out) else _write_pt2(program, contract, path)
+            if is_onnx(out):
+                run = _write_onnx(program, contract, path)
+            else:
+                run = _write_pt2(program, contract, path, out.name, device)
             return _compare(run, model, pictures, contract)
 
 
@@ -133,11 +151,19 @@ def _random_images(number: int, channels: int, shape: tuple[int, int], dynamic: 
         yield generator.integers(256, size=(count, channels, height, width), dtype=np.uint8)
 
 
+def _network_size(shape: tuple[int, int], contract: Contract) -> tuple[int, int]:
+    """Return the height and width that the test pipeline makes of an image."""
+    image = np.zeros((*shape, contract.channels), np.uint8)
+    return tuple(Compose(contract.pipeline())(dict(img=image))['inputs'].shape[1:])
+
+
 def _real_image(path: str | Path, contract: Contract) -> np.ndarray:
+    image = swap_rgb(read_image(path, contract.channels))
     pipeline = contract.pipeline()
-    if contract.shape:
+    pixels = Compose(pipeline)(dict(img=image))['inputs']
+    if contract.shape and contract.shape != tuple(pixels.shape[1:]):
         pipeline[1:-1] = [dict(type='Resize', scale=contract.shape[::-1])]
-    pixels = Compose(pipeline)(dict(img=swap_rgb(read_image(path, contract.channels))))['inputs']
+        pixels = Compose(pipeline)(dict(img=image))['inputs']
     if contract.channels == 3:
         pixels = pixels.flip(0)
     if min(pixels.shape[1:]) < LARGEST_STRIDE:
@@ -164,20 +190,25 @@ def _trace(module: ExportableSegmentor, contract: Contract, shape: tuple[int, in
         # Sizes of 0 and 1 would be taken for constants: two images, of two positions in the last feature map.
         example = torch.zeros(2, contract.channels, *(max(side, 2 * LARGEST_STRIDE) for side in shape))
         sizes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+    example = example.to(module.mean.device, getattr(torch, contract.dtype))
     with torch.no_grad():
-        return torch.export.export(module, (example.to(getattr(torch, contract.dtype)),), dynamic_shapes=sizes)
+        return torch.export.export(module, (example,), dynamic_shapes=sizes)
 
 
 def _versions() -> dict[str, str]:
     return dict(mmseg_inceptionnext=__version__, torch=torch.__version__, mmseg=mmseg.__version__)
 
 
-def _write_pt2(program: ExportedProgram, contract: Contract, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+def _write_pt2(program: ExportedProgram, contract: Contract, path: Path, name: str,
+               device: torch.device) -> Callable[[np.ndarray], np.ndarray]:  # fmt: skip
     metadata = json.dumps(contract.metadata(_versions()))
-    torch.export.save(program, path, extra_files={'metadata.json': metadata})
+    with tempfile.TemporaryDirectory(prefix='.', dir=path.parent) as folder:
+        named = Path(folder, name)  # torch puts the file's name before that of each file inside
+        torch.export.save(program, named, extra_files={'metadata.json': metadata})
+        named.replace(path)
     module = torch.export.load(path).module()
     dtype = getattr(torch, contract.dtype)
-    return lambda images: module(torch.from_numpy(images).to(dtype)).numpy()
+    return lambda images: module(torch.from_numpy(images).to(device, dtype)).cpu().numpy()
 
 
 def _write_onnx(program: ExportedProgram, contract: Contract, path: Path) -> Callable[[np.ndarray], np.ndarray]:
@@ -219,6 +250,9 @@ def _compare(run: Callable[[np.ndarray], np.ndarray], model: EncoderDecoder, pic
     worst, differing, pixels = 0.0, 0, 0
     for images in pictures:
         expected, result = mmseg_logits(model, images), torch.from_numpy(run(images))
+        if contract.threshold is not None:  # two classes, the first at the threshold
+            expected = two_logits(expected, contract.threshold)
+            result = result if contract.labels else two_logits(result, contract.threshold)
         largest = expected.abs().max()
         labels = result if contract.labels else result.argmax(1)
         missed = expected.amax(1) - expected.gather(1, labels[:, None])[:, 0]
@@ -232,7 +266,7 @@ def _compare(run: Callable[[np.ndarray], np.ndarray], model: EncoderDecoder, pic
                 f'the exported segmentor deviates by {worst:.1e} of the largest logit, more than {tolerance:.0e}, '
                 f'on an image of {images.shape[3]}×{images.shape[2]}: nothing is written'
             )
-    return Verification(sum(map(len, pictures)), worst, differing / pixels)
+    return Verification(contract.shape, sum(map(len, pictures)), worst, differing / pixels)
 
 
 @torch.no_grad()
@@ -240,13 +274,13 @@ def mmseg_logits(model: EncoderDecoder, images: np.ndarray) -> Tensor:
     """Return the logits of the segmentor as it was trained, by mmseg's own preprocessing and up-sampling.
 
     Args:
-        model: The segmentor, on the CPU.
+        model: The segmentor.
         images: (N, C, H, W) uint8; RGB, if they have 3 channels.
 
     Returns:
-        (N, classes, H, W).
+        (N, classes, H, W), on the CPU.
     """
     stored = torch.from_numpy(images)
     bgr = stored.flip(1) if images.shape[1] == 3 else stored
     inputs = model.data_preprocessor(dict(inputs=list(bgr)), False)['inputs']
-    return model.encode_decode(inputs, [dict(img_shape=inputs.shape[2:])] * len(inputs))
+    return model.encode_decode(inputs, [dict(img_shape=inputs.shape[2:])] * len(inputs)).cpu()

@@ -17,29 +17,35 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.inference.label_map_segmentor import predicts_by_argmax
+from mmseg_inceptionnext.inference.label_map_segmentor import predicts_from_logits
 from mmseg_inceptionnext.inference.optimize import fold_norms
+from mmseg_inceptionnext.models.build import heads_of
 from mmseg_inceptionnext.models.interpolation import shifted_interpolation
 from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleConv2d
 from mmseg_inceptionnext.models.winograd import WinogradConv2d
 
 
 class ExportableSegmentor(nn.Module):
-    """From pixels to logits or labels of the same size: normalisation, network, up-sampling, argmax.
+    """From pixels to logits or labels of the same size: normalisation, network, up-sampling, argmax or threshold.
 
-    Norms are folded. UPerHead is computed at low resolution, channels last (:class:`ExportableUPerHead`). All sizes are
-    read from the input at run time, so that an export may leave them open.
+    Norms are folded. UPerHead is computed at low resolution, channels last (:class:`ExportableUPerHead`). With it and
+    with FPNHead all sizes are read from the input at run time, so that an export may leave them open
+    (:attr:`any_size`). Other heads, and cascades of them, are taken as they are.
 
     Args:
-        model: A trained EncoderDecoder with a UPerHead or FPNHead; it stays as it is.
-        labels: Return the index of the largest logit instead of all logits.
+        model: A trained EncoderDecoder; it stays as it is.
+        labels: Return labels instead of all logits: the index of the largest, or for a single output channel whether
+            its probability is above the head's threshold.
         winograd: Compute the widest 3×3 convolutions of a UPerHead by Winograd's algorithm: in float32, and for a size
             that is fixed by the export.
 
     Input: (N, 3, H, W), RGB from 0 to 255, of any dtype. Output: logits (N, classes, H, W), or labels (N, H, W), int64.
 
+    Attributes:
+        any_size (bool): Whether an export may leave the sizes open.
+
     Raises:
-        UserError: The segmentor is of another kind.
+        UserError: What the segmentor predicts does not follow from its logits for whole images.
     """
 
     def __init__(self, model: EncoderDecoder, labels: bool, winograd: bool = False):
@@ -52,11 +58,13 @@ class ExportableSegmentor(nn.Module):
         self.register_buffer('mean', preprocessor.mean if preprocessor._enable_normalize else torch.zeros(1, 1, 1))
         self.register_buffer('std', preprocessor.std if preprocessor._enable_normalize else torch.ones(1, 1, 1))
         self.backbone, self.neck = model.backbone, model.neck if model.with_neck else nn.Identity()
-        self.align_corners = model.align_corners
-        self.head = model.decode_head
-        if isinstance(self.head, UPerHead):
-            self.head = ExportableUPerHead(self.head, WinogradConv3x3 if winograd else Conv3x3)
-        for module in list(self.head.modules()):
+        self.align_corners, self.threshold = model.align_corners, threshold_of(model)
+        first, *others = heads_of(model)
+        self.any_size = not others and (_is_exportable_uper_head(first) or isinstance(first, FPNHead))
+        if _is_exportable_uper_head(first):
+            first = ExportableUPerHead(first, WinogradConv3x3 if winograd else Conv3x3)
+        self.heads = nn.ModuleList([first, *others])
+        for module in list(self.heads.modules()):
             for name, child in module.named_children():
                 if isinstance(child, Upsample):
                     setattr(module, name, UpsampleByTwo(self.align_corners))
@@ -65,23 +73,36 @@ class ExportableSegmentor(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = (image.flip(1) if self.is_bgr else image).float()
         x = ((x - self.mean.float()) / self.std.float()).to(next(self.backbone.parameters()).dtype)
-        logits = self.head(self.neck(self.backbone(x))).float()
-        logits = F.interpolate(logits, image.shape[2:], mode='bilinear', align_corners=self.align_corners)
-        return logits.argmax(1) if self.labels else logits
+        features = self.neck(self.backbone(x))
+        first, *others = self.heads
+        logits = first(features)
+        for head in others:
+            logits = head(features, logits)
+        logits = F.interpolate(logits.float(), image.shape[2:], mode='bilinear', align_corners=self.align_corners)
+        if not self.labels:
+            return logits
+        return logits.argmax(1) if self.threshold is None else (logits.sigmoid() > self.threshold)[:, 0].long()
+
+
+def threshold_of(model: EncoderDecoder) -> float | None:
+    """Return the probability above which a segmentor with a single output channel predicts class 1; None for others."""
+    return heads_of(model)[-1].threshold if model.out_channels == 1 else None
 
 
 def _check(model: EncoderDecoder) -> None:
-    head = model.decode_head
-    if not isinstance(head, (UPerHead, FPNHead)) or not predicts_by_argmax(model):
+    if not isinstance(model, EncoderDecoder) or not predicts_from_logits(model):
+        kinds = [type(head).__name__ for head in heads_of(model)] if hasattr(model, 'decode_head') else []
         raise UserError(
-            f'{type(head).__name__} of this config cannot be exported: UPerHead and FPNHead can, on whole images '
-            '(test_cfg.mode) and with a channel for each class'
+            f'{" and ".join(kinds) or type(model).__name__} of this config cannot be exported: heads can that predict '
+            'from up-sampled logits, on whole images (test_cfg.mode)'
         )
     if model.data_preprocessor.test_cfg:
         raise UserError('a data_preprocessor.test_cfg pads images, which an exported file does not: leave it out')
-    for module in head.modules() if isinstance(head, UPerHead) else ():
-        if isinstance(module, ConvModule) and not _is_plain(module):
-            raise UserError('a UPerHead is exported if its layers are plain convolutions, BatchNorm and ReLU')
+
+
+def _is_exportable_uper_head(head: nn.Module) -> bool:
+    """Return whether a head is a UPerHead of plain convolutions, BatchNorm and ReLU."""
+    return isinstance(head, UPerHead) and all(map(_is_plain, (m for m in head.modules() if isinstance(m, ConvModule))))
 
 
 def _is_plain(module: ConvModule) -> bool:

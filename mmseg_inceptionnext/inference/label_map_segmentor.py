@@ -6,12 +6,15 @@ import math
 
 import torch
 from mmengine.structures import PixelData
+from mmseg.models.decode_heads.cascade_decode_head import BaseCascadeDecodeHead
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.segmentors import EncoderDecoder
 from mmseg.models.utils import resize
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor
+
+from mmseg_inceptionnext.models.build import heads_of
 
 
 @MODELS.register_module()
@@ -52,13 +55,16 @@ class LabelMapSegmentor(EncoderDecoder):
 
 
 def predicts_by_argmax(model: EncoderDecoder) -> bool:
-    """Return whether a segmentor's prediction is the argmax of its head's up-sampled logits, and nothing else."""
-    head = type(model.decode_head)
-    return (
-        model.test_cfg.get('mode', 'whole') == 'whole'
-        and model.out_channels > 1
-        and head.predict is BaseDecodeHead.predict
-        and head.predict_by_feat is BaseDecodeHead.predict_by_feat
+    """Return whether a segmentor's prediction is the argmax of its only head's up-sampled logits, and nothing else."""
+    return model.out_channels > 1 and len(heads_of(model)) == 1 and predicts_from_logits(model)
+
+
+def predicts_from_logits(model: EncoderDecoder) -> bool:
+    """Return whether a segmentor's prediction follows from the up-sampled logits of its last head, for whole images."""
+    return model.test_cfg.get('mode', 'whole') == 'whole' and all(
+        type(head).predict in (BaseDecodeHead.predict, BaseCascadeDecodeHead.predict)
+        and type(head).predict_by_feat is BaseDecodeHead.predict_by_feat
+        for head in heads_of(model)
     )
 
 

@@ -11,6 +11,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from mmseg_inceptionnext.inference.label_map_segmentor import at_original_size, network_size, predicts_by_argmax
+from mmseg_inceptionnext.models.build import heads_of
 
 _CHUNK = 4  # classes that are up-sampled at a time: few enough for a CPU's cache
 
@@ -53,7 +54,7 @@ class MultiScaleSegmentor(nn.Module):
                 logits.append(model.inference(inputs, [dict(meta)])[0])
             metas.append(meta)
         if model.out_channels == 1:
-            label = _threshold(logits, metas, model.align_corners, model.decode_head.threshold)
+            label = _threshold(logits, metas, model.align_corners, heads_of(model)[-1].threshold)
         else:
             label = multi_scale_label_map(logits, metas, model.align_corners)
         sample = data['data_samples'][0]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
+from torch import Tensor
 
 from mmseg_inceptionnext.errors import MissingPackage, UserError, first_sentence
 from mmseg_inceptionnext.inference.label_map_segmentor import label_map
@@ -23,6 +24,12 @@ DTYPES = {'uint8': 'tensor(uint8)', 'float32': 'tensor(float)'}  # input dtypes,
 # Transforms of a test pipeline that a file may ask for, and their arguments.
 _PREPARATIONS = {'Resize': {'scale', 'keep_ratio'}, 'ResizeToMultiple': {'size_divisor'}}
 _FORMAT = 'mmseg_inceptionnext 1'
+
+
+def two_logits(logits: Tensor, threshold: float) -> Tensor:
+    """Return (N, 2, H, W) whose argmax is 1 where the probability of (N, 1, H, W) is above a threshold."""
+    bound = torch.logit(torch.tensor(threshold, dtype=torch.double), eps=1e-6).item()
+    return torch.cat([torch.full_like(logits, bound), logits], dim=1)
 
 
 def is_onnx(path: str | Path) -> bool:
@@ -49,12 +56,14 @@ class Contract:
     Attributes:
         classes: Names, colours and coding of the labels.
         labels: Whether it returns labels (N, H, W), int64, or logits (N, classes, H, W), float32; of the input's size.
+            With a threshold there is a single logit.
         dtype: Dtype of the input (N, 3, H, W), RGB from 0 to 255: 'uint8' or 'float32'.
         shape: H and W, and N is 1; None if all three are dynamic.
         prepare: How images are resized before: Resize and ResizeToMultiple of the config's test pipeline.
         align_corners: Whether up-sampling aligns corners.
         precision: Dtype of the weights: 'fp32' or 'fp16'.
         channels: Channels of the input: 3 are RGB.
+        threshold: Probability above which a single logit means class 1; None if there is a logit for each class.
     """
 
     classes: Classes
@@ -65,6 +74,7 @@ class Contract:
     align_corners: bool
     precision: str
     channels: int = 3
+    threshold: float | None = None
 
     def metadata(self, versions: dict[str, str]) -> dict[str, str]:
         """Return the metadata of a file: JSON under each key, but plain text under ``format``."""
@@ -80,6 +90,7 @@ class Contract:
             prepare=self.prepare,
             align_corners=self.align_corners,
             precision=self.precision,
+            threshold=self.threshold,
             versions=versions,
         )
         return dict(format=_FORMAT) | {key: json.dumps(value) for key, value in facts.items()}
@@ -107,6 +118,7 @@ class Contract:
                 align_corners=bool(facts['align_corners']),
                 precision=str(facts['precision']),
                 channels=3 if taken['channels'] == 'RGB' else int(taken['channels']),
+                threshold=None if facts.get('threshold') is None else float(facts['threshold']),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
@@ -226,6 +238,8 @@ class OnnxModel:
                 size = sample.metainfo['ori_shape'][:2]
                 label = F.interpolate(result[None, None].float(), size, mode='nearest-exact')[0].long()
             else:
+                if self.contract.threshold is not None:
+                    (result,) = two_logits(result[None], self.contract.threshold)
                 label = label_map(result, tuple(images.shape[2:]), sample.metainfo, self.contract.align_corners)
             sample.set_data({'pred_sem_seg': PixelData(data=label)})
         return data['data_samples']

@@ -19,6 +19,7 @@ from mmseg_inceptionnext.inference.packed import (
     PackedPointwiseConv2d,
     packed_conv2d_3x3,
 )
+from mmseg_inceptionnext.models.build import heads_of
 from mmseg_inceptionnext.models.inceptionnext import InceptionNeXt, InceptionNeXtBlock
 from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleConv2d
 from mmseg_inceptionnext.models.winograd import WinogradConv2d
@@ -133,7 +134,7 @@ def pack_weights(model: EncoderDecoder) -> None:
 
 
 def _neck_and_head(model: EncoderDecoder) -> list[nn.Module]:
-    return [model.neck, model.decode_head] if model.with_neck else [model.decode_head]
+    return [model.neck, *heads_of(model)] if model.with_neck else heads_of(model)
 
 
 def _is_float32(module: nn.Module) -> bool:

@@ -31,6 +31,7 @@ from mmseg_inceptionnext.labels import (
     check_num_classes,
     classes_of_checkpoint,
     codes_of_checkpoint,
+    label_array,
     read_classes,
 )
 from mmseg_inceptionnext.models.build import LARGEST_STRIDE, build_segmentor, channels_of
@@ -220,7 +221,7 @@ class Segmentor:
         for indices in by_size.values():
             data = {key: [prepared[i][key] for i in indices] for key in ('inputs', 'data_samples')}
             for index, sample in zip(indices, self._model.test_step(data), strict=True):
-                labels = sample.pred_sem_seg.data[0].to('cpu', torch.int16).numpy()
+                labels = label_array(sample.pred_sem_seg.data).astype(np.int16)
                 results[index] = Segmentation(as_rgb(prepared[index]['image']), labels, self.classes)
         return [results[index] for index in range(len(prepared))]
 
@@ -242,5 +243,5 @@ def load_trained(
         found = dataclasses.replace(found, codes=codes_of_checkpoint(content, len(found.names)))
     model = build_segmentor(cfg)
     load_segmentor(model, content, checkpoint)
-    check_num_classes(found.names, model.decode_head.num_classes, str(classes if classes is not None else checkpoint))
+    check_num_classes(found.names, model.num_classes, str(classes if classes is not None else checkpoint))
     return cfg, model.eval(), found

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg_inceptionnext.config_files import read_config
+from mmseg_inceptionnext.config_files import heads, read_config
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.models.build import LARGEST_STRIDE, build_segmentor, channels_of
 
@@ -57,15 +57,17 @@ def measure_complexity(config: str | Path, shape: tuple[int, int] | None = None)
     """
     cfg = read_config(config)
     model = build_segmentor(cfg).eval()
+    types = [head.type for name, head in heads(cfg.model) if name == 'decode_head']
     if shape is None:
-        shape = (512, 2048) if 'UPerHead' in cfg.model.decode_head.type else (512, 512)
+        shape = (512, 2048) if any('UPerHead' in kind for kind in types) else (512, 512)
 
     total = sum(p.numel() for p in model.parameters())
     auxiliary = sum(p.numel() for name, p in model.named_parameters() if name.startswith('auxiliary_head.'))
     gmacs = executed = count_gmacs(model, shape)
-    if cfg.model.decode_head.type == 'LateUpsampleUPerHead':
+    if 'LateUpsampleUPerHead' in types:
         plain = copy.deepcopy(cfg)
-        plain.model.decode_head.type = 'UPerHead'
+        for _, head in heads(plain.model):
+            head.type = head.type.replace('LateUpsampleUPerHead', 'UPerHead')
         gmacs = count_gmacs(build_segmentor(plain).eval(), shape)
     return Complexity(
         config=str(config),

@@ -72,6 +72,12 @@ def _check_fits(setting: str, given: int | Sequence[int] | None, expected: int |
         raise UserError(f'model.{setting} do not fit {origin}, whose out_channels are {expected} there: set these')
 
 
+def heads_of(model: nn.Module) -> list[nn.Module]:
+    """Return the decode heads of a segmentor: one, or those of a cascade in their order."""
+    head = model.decode_head
+    return list(head) if isinstance(head, nn.ModuleList) else [head]
+
+
 def channels_of(model: nn.Module) -> int:
     """Return the number of channels of a segmentor's input images."""
     return getattr(model.backbone, 'in_channels', 3)

@@ -100,8 +100,9 @@ def check_fits(model: nn.Module, checkpoint: dict, path: str | Path) -> None:
     """
     state_dict = _tensors(checkpoint.get('state_dict', checkpoint))
     expected = (model.module if is_model_wrapper(model) else model).state_dict()
-    classifier = 'decode_head.conv_seg.weight'
-    if classifier in state_dict and classifier in expected:
+    for classifier in (key for key in expected if re.fullmatch(r'decode_head\.(\d+\.)?conv_seg\.weight', key)):
+        if classifier not in state_dict:
+            continue
         (there, *_), (here, *_) = (*state_dict[classifier].shape, 0), expected[classifier].shape
         if there != here:
             raise UserError(

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.device import device_name
+from mmseg_inceptionnext.models.build import heads_of
 from mmseg_inceptionnext.training.batch import effective_batch
 
 _WIDTH = 100
@@ -139,8 +140,8 @@ def run_lines(runner) -> Iterator[str]:
     yield f'data: {len(train)} training images{validation}, {len(train.metainfo["classes"])} classes'
 
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    head = model.decode_head[-1] if hasattr(model.decode_head, '__getitem__') else model.decode_head
-    names = ' + '.join(type(part).__name__ for part in (model.backbone, getattr(model, 'neck', None), head) if part)
+    parts = [model.backbone, *([model.neck] if hasattr(model, 'neck') else []), *heads_of(model)]
+    names = ' + '.join(type(part).__name__ for part in parts)
     start = (cfg.model.backbone.get('init_cfg') or {}).get('checkpoint')
     source = runner.resumed_from or cfg.get('load_from') or cfg.get('finetune') or start
     parameters = sum(parameter.numel() for parameter in model.parameters())
