@@ -137,10 +137,7 @@ def rgba(path, values):
 )  # fmt: skip
 def test_channels(store, suffix, channels, tmp_path):
     data = data_of(tmp_path / 'data', store, suffix, channels)
-    changes = {
-        f'{split}_dataloader.{key}': value for split in ('train', 'val', 'test') for key, value in NO_WORKERS.items()
-    }
-    run_chain(TINY_CONFIG, tmp_path, data, (64, 96), **changes)
+    run_chain(TINY_CONFIG, tmp_path, data, (64, 96))
 
 
 def test_one_output_channel(tmp_path):

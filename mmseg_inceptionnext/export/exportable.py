@@ -51,6 +51,7 @@ class ExportableSegmentor(nn.Module):
     def __init__(self, model: EncoderDecoder, labels: bool, winograd: bool = False):
         super().__init__()
         _check(model)
+        is_uper_head = _is_exportable_uper_head(heads_of(model)[0])
         model = copy.deepcopy(model).eval().requires_grad_(False)
         fold_norms(model)
         preprocessor, self.labels = model.data_preprocessor, labels
@@ -60,8 +61,8 @@ class ExportableSegmentor(nn.Module):
         self.backbone, self.neck = model.backbone, model.neck if model.with_neck else nn.Identity()
         self.align_corners, self.threshold = model.align_corners, threshold_of(model)
         first, *others = heads_of(model)
-        self.any_size = not others and (_is_exportable_uper_head(first) or isinstance(first, FPNHead))
-        if _is_exportable_uper_head(first):
+        self.any_size = not others and (is_uper_head or isinstance(first, FPNHead))
+        if is_uper_head:
             first = ExportableUPerHead(first, WinogradConv3x3 if winograd else Conv3x3)
         self.heads = nn.ModuleList([first, *others])
         for module in list(self.heads.modules()):

@@ -79,7 +79,7 @@ def fold_norms(model: EncoderDecoder) -> None:
                     stage.blocks[i] = FoldedBlock(block)
     for part in _neck_and_head(model):
         for module in part.modules():
-            if isinstance(module, ConvModule) and module.order == ('conv', 'norm', 'act') and _folds(module.norm):
+            if isinstance(module, ConvModule) and _has_norm_to_fold(module):
                 fuse_conv_bn(module)
 
 
@@ -98,6 +98,12 @@ class FoldedBlock(nn.Module):
         if isinstance(self.mlp, PackedMlp):
             return self.mlp(self.token_mixer(x), residual=x)
         return x + self.mlp(self.token_mixer(x))
+
+
+def _has_norm_to_fold(module: ConvModule) -> bool:
+    # Other convolutions compute their weight in each call, such as weight standardisation, which would undo the scale.
+    is_plain = type(module.conv) in (nn.Conv2d, WinogradConv2d, LateUpsampleConv2d) and not module.with_spectral_norm
+    return is_plain and module.order == ('conv', 'norm', 'act') and _folds(module.norm)
 
 
 def _folds(norm: nn.Module | None) -> bool:
@@ -152,6 +158,7 @@ def _is_unpacked(module: ConvModule) -> bool:
         and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, 'zeros')
         and module.order == ('conv', 'norm', 'act')
         and not module.with_explicit_padding
+        and not module.with_spectral_norm
     )
 
 

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -59,10 +60,14 @@ def dynamic(request, checkpoints, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def fixed(checkpoints, tmp_path_factory):
-    """A file of labels for 96×96 float values."""
-    out = tmp_path_factory.mktemp('fixed') / 'labels.onnx'
-    export(TINY_UPERNET, checkpoints['upernet'], out, (96, 96), labels=True, dtype='float32', verify=1)
-    return out
+    """A file of labels for 96×96 float values, which the test pipeline makes of all square images."""
+    folder = tmp_path_factory.mktemp('fixed')
+    cfg = Config.fromfile(TINY_UPERNET)
+    cfg.test_dataloader.dataset.pipeline[1].scale = (384, 96)
+    cfg.dump(folder / 'config.py')
+    export(folder / 'config.py', checkpoints['upernet'], folder / 'labels.onnx', (50, 50), labels=True,
+           dtype='float32', verify=1)  # fmt: skip
+    return folder / 'labels.onnx'
 
 
 @pytest.fixture(scope='module')
@@ -117,7 +122,7 @@ def test_the_file_says_what_it_expects_and_returns(dynamic, fixed):
 
     contract = OnnxModel(fixed).contract
     assert (contract.labels, contract.dtype, contract.shape, contract.precision) == (True, 'float32', (96, 96), 'fp32')
-    assert contract.prepare == (dict(type='Resize', scale=(640, 160), keep_ratio=True),) and not contract.align_corners
+    assert contract.prepare == (dict(type='Resize', scale=(384, 96), keep_ratio=True),) and not contract.align_corners
     assert contract.classes.names[:2] == ('wall', 'building') and contract.classes.reduce_zero_label
 
 
@@ -140,8 +145,8 @@ def test_labels_of_a_fixed_size(fixed, checkpoints, paths):
     assert labels.shape == (2, 96, 96) and labels.dtype == np.int64
     expected = expected_logits(TINY_UPERNET, checkpoints['upernet'], images).argmax(1).numpy()
     assert np.mean(labels != expected) < 1e-3
-    with pytest.raises(UserError, match='takes images of 96×96, not of 160×160: export it with dynamic=True'):
-        Segmentor(fixed)(paths[0])
+    with pytest.raises(UserError, match='takes images of 96×96, not of 192×96: export it with dynamic=True'):
+        Segmentor(fixed)(np.zeros((50, 100, 3), np.uint8))
 
 
 @needs_onnx_exporter
@@ -172,6 +177,22 @@ def test_predict_with_a_file_of_labels(checkpoints, paths, tool, tmp_path):
         assert np.mean(written != expected) < 0.2
 
 
+@needs_onnx_exporter
+def test_a_file_takes_the_size_that_the_test_pipeline_makes(checkpoints, tool_here, tmp_path):
+    """Of images that no stride divides, with a Resize and a ResizeToMultiple; and says so."""
+    config = tmp_path / 'config.py'
+    config.write_text(
+        f'_base_ = {str(TINY_CONFIG)!r}\ntest_dataloader = dict(dataset=dict(pipeline=['
+        "dict(type='LoadImageFromFile'), dict(type='Resize', scale=(200, 90), keep_ratio=True), "
+        "dict(type='ResizeToMultiple', size_divisor=32), dict(type='PackSegInputs')]))\n"
+    )
+    process = tool_here('export', config, checkpoints['fpn'], '--out', 'm.onnx', '--shape', 90, 120, '--verify', 1)
+    assert process.returncode == 0 and 'resizes images of 120×90 to 128×96: that is the size' in process.stdout
+    image = np.random.default_rng(0).integers(256, size=(90, 120, 3), dtype=np.uint8)
+    plain = Segmentor(config, checkpoints['fpn'], device='cpu')(image)
+    assert np.mean(Segmentor(tmp_path / 'm.onnx')(image).labels != plain.labels) < 1e-3
+
+
 def test_a_program_of_torch_export(checkpoints, tmp_path):
     out = tmp_path / 'model.pt2'
     verified = export(TINY_CONFIG, checkpoints['fpn'], out, (64, 96), dynamic=True, dtype='float32', verify=2)
@@ -182,6 +203,9 @@ def test_a_program_of_torch_export(checkpoints, tmp_path):
     expected = expected_logits(TINY_CONFIG, checkpoints['fpn'], images)
     torch.testing.assert_close(module(torch.from_numpy(images).float()), expected, rtol=1e-4, atol=1e-4)
     assert json.loads(json.loads(metadata['metadata.json'])['classes'])[0] == 'wall'
+    with zipfile.ZipFile(out) as archive:
+        assert {name.split('/')[0] for name in archive.namelist()} == {'model'}
+    assert list(tmp_path.iterdir()) == [out]
 
 
 @needs_onnx_exporter
@@ -284,5 +308,6 @@ def test_mistakes(checkpoints, fixed, tool_here, tmp_path, monkeypatch):
 @pytest.mark.parametrize('family', ['upernet', 'fpn'])
 def test_every_recipe(family, arch, dynamic, tmp_path):
     path = find_config(f'{family}/inceptionnext_{arch}')
-    verified = export(path, checkpoint_of(path, tmp_path), tmp_path / 'm.onnx', (64, 96), dynamic=dynamic, verify=2)
+    shape = (64, 96) if dynamic else (512, 512)
+    verified = export(path, checkpoint_of(path, tmp_path), tmp_path / 'm.onnx', shape, dynamic=dynamic, verify=2)
     assert verified.error < 1e-4

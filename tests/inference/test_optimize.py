@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from mmseg.models.segmentors import EncoderDecoder
-from support import ROOT, TINY_CONFIG, relative_error, segmentor_with_statistics
+from support import ROOT, TINY_CONFIG, TINY_UPERNET, relative_error, segmentor_with_statistics
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -47,6 +47,20 @@ def test_any_size(size, packing):
     with torch.no_grad():
         expected = model(inputs, mode='predict')[0].pred_sem_seg.data
         assert torch.equal(optimize_for_inference(model)(inputs, mode='predict')[0].pred_sem_seg.data, expected)
+
+
+@pytest.mark.parametrize(
+    'changes', [{'conv_cfg': dict(type='ConvAWS')}, {'conv_cfg': dict(type='ConvWS')}, {'act_cfg': dict(type='GELU')}],
+    ids=['ConvAWS', 'ConvWS', 'GELU'],
+)  # fmt: skip
+def test_layers_of_another_kind(changes, packing):
+    """Convolutions that standardise their weights take no norm in: the scale would be undone."""
+    changes = {f'decode_head.{key}': value for key, value in changes.items()}
+    model = segmentor_with_statistics(TINY_UPERNET, **changes)
+    inputs = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(inputs, mode='tensor')
+        assert relative_error(optimize_for_inference(model)(inputs, mode='tensor'), expected) < 1e-5
 
 
 def test_the_plain_head_is_as_good_as_ours(packing):
