@@ -24,6 +24,9 @@ from mmseg_inceptionnext.models.inceptionnext import InceptionNeXt, InceptionNeX
 from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleConv2d
 from mmseg_inceptionnext.models.winograd import WinogradConv2d
 
+# Convolutions whose result is linear in the weight that they store.
+_PLAIN_CONVS = (nn.Conv2d, WinogradConv2d, LateUpsampleConv2d)
+
 
 def optimize_for_inference(model: EncoderDecoder, example_shape: tuple[int, int] | None = None) -> EncoderDecoder:
     """Return a copy of a segmentor that predicts the same, faster. The model that is given stays as it is.
@@ -58,6 +61,9 @@ def optimize_for_inference(model: EncoderDecoder, example_shape: tuple[int, int]
     elif example_shape is not None:
         layout = _faster_layout(model, example_shape)
     model.to(memory_format=layout)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and type(module) not in _PLAIN_CONVS:
+            module.to(memory_format=torch.contiguous_format)  # mmcv's take a view of their weight as rows
     if layout is torch.channels_last:
         model.backbone.register_forward_pre_hook(_to_channels_last)
     return model
@@ -102,7 +108,7 @@ class FoldedBlock(nn.Module):
 
 def _has_norm_to_fold(module: ConvModule) -> bool:
     # Other convolutions compute their weight in each call, such as weight standardisation, which would undo the scale.
-    is_plain = type(module.conv) in (nn.Conv2d, WinogradConv2d, LateUpsampleConv2d) and not module.with_spectral_norm
+    is_plain = type(module.conv) in _PLAIN_CONVS and not module.with_spectral_norm
     return is_plain and module.order == ('conv', 'norm', 'act') and _folds(module.norm)
 
 
@@ -153,7 +159,7 @@ def _is_unpacked(module: ConvModule) -> bool:
     """Return whether :func:`_pack_conv_module` can pack a module: a plain convolution, with or without activation."""
     conv = module.conv
     return (
-        type(conv) in (nn.Conv2d, WinogradConv2d, LateUpsampleConv2d)
+        type(conv) in _PLAIN_CONVS
         and conv.weight.dtype == torch.float32
         and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, 'zeros')
         and module.order == ('conv', 'norm', 'act')
