@@ -19,7 +19,10 @@ from mmseg.registry import HOOKS
 from mmseg_inceptionnext.device import device_name, peak_memory_mb
 from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.training.batch import EffectiveBatch, effective_batch
+from mmseg_inceptionnext.training.hooks.repeat_validation import has_missed_validation
+from mmseg_inceptionnext.training.loops import validations_left
 from mmseg_inceptionnext.training.runner import SafeRunner
+from mmseg_inceptionnext.training.schedule import schedule_text
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Plan:
         iterations, done: Iterations of the whole run, and those that the resumed checkpoint has done.
         training_images, validation_images: Size of the data sets; None without validation.
         lr: Distinct learning rates of the parameter groups, before the schedule.
-        schedulers: Type and iterations of each parameter scheduler.
-        val_interval: Iterations between validations.
+        schedule: Type and iterations of each parameter scheduler.
+        validations: Validations that are left.
         seconds_per_iteration: Time of the second iteration, with its data; None if none is left.
         seconds_per_validation_image: Time of a validation image, after a warm-up.
         peak_memory_mb: Peak memory of the GPU, or of the process on a CPU, in MiB.
@@ -47,8 +50,8 @@ class Plan:
     training_images: int
     validation_images: int | None
     lr: list[float]
-    schedulers: list[str]
-    val_interval: int
+    schedule: str
+    validations: int
     seconds_per_iteration: float | None
     seconds_per_validation_image: float | None
     peak_memory_mb: float
@@ -57,14 +60,6 @@ class Plan:
     @property
     def images_seen(self) -> int:
         return self.iterations * self.batch.images
-
-    @property
-    def validations(self) -> int:
-        """Validations that are left: one every ``val_interval`` iterations, and one after the last."""
-        if self.validation_images is None:
-            return 0
-        last = self.iterations
-        return last // self.val_interval - self.done // self.val_interval + (last % self.val_interval > 0)
 
     @property
     def seconds(self) -> float | None:
@@ -81,7 +76,7 @@ class Plan:
             'iterations': f'{self.iterations}' + (f', {self.done} of them done' if self.done else ''),
             'images seen': f'{self.images_seen}, {self.images_seen / self.training_images:.1f} epochs of '
             f'{self.training_images}',
-            'learning rate': ', '.join(f'{lr:g}' for lr in self.lr) + '; ' + ', '.join(self.schedulers),
+            'learning rate': ', '.join(f'{lr:g}' for lr in self.lr) + f'; {self.schedule}',
             'validation': f'{self.validations} times {self.validation_images} images'
             if self.validations
             else 'none',
@@ -110,7 +105,6 @@ def dry_run(cfg: Config, make_runner: Callable[[Config], SafeRunner]) -> Plan:
     cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='_StopwatchHook')]
     cfg.default_hooks.checkpoint = None
     cfg.log_level = 'WARNING'
-    cfg.train_cfg.val_begin = sys.maxsize  # one batch is validated below, not the whole set
     cfg.visualizer = dict(type='SegLocalVisualizer')
     has_validation = cfg.get('val_dataloader') is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -137,10 +131,8 @@ def dry_run(cfg: Config, make_runner: Callable[[Config], SafeRunner]) -> Plan:
             training_images=len(runner.train_dataloader.dataset),
             validation_images=len(runner.val_dataloader.dataset) if has_validation else None,
             lr=sorted({group.get('initial_lr', group['lr']) for group in optimizer.param_groups}, reverse=True),
-            schedulers=[
-                f'{s["type"]} {s.get("begin", 0)}–{s.get("end", "")}' for s in cfg.get('param_scheduler') or []
-            ],
-            val_interval=cfg.train_cfg.get('val_interval', 1000),
+            schedule=schedule_text(cfg.get('param_scheduler')),
+            validations=hook.validations,
             seconds_per_iteration=hook.seconds[-1] if hook.seconds else None,
             seconds_per_validation_image=hook.validation_seconds,
             peak_memory_mb=peak_memory_mb(get_device()),
@@ -150,7 +142,10 @@ def dry_run(cfg: Config, make_runner: Callable[[Config], SafeRunner]) -> Plan:
 
 @HOOKS.register_module()
 class _StopwatchHook(Hook):
-    """Stops a run after its second iteration, and measures how long each took, with the wait for its data."""
+    """Stops a run after its second iteration, and measures how long each took, with the wait for its data.
+
+    It counts the validations that are left, and prevents them: one batch is validated afterwards, not the whole set.
+    """
 
     priority = 'VERY_HIGH'  # so that the time of other hooks is not counted
 
@@ -159,7 +154,10 @@ class _StopwatchHook(Hook):
         self.validation_seconds: float | None = None
 
     def before_train(self, runner) -> None:
+        loop = runner.train_loop
         self.start = runner.iter
+        self.validations = validations_left(loop) + has_missed_validation(runner) if runner.val_loop else 0
+        loop.val_begin = sys.maxsize
         self.clock = time.perf_counter()
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:

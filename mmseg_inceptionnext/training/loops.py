@@ -50,6 +50,24 @@ class AccumulatingTrainLoop(IterBasedTrainLoop):
         self._iter += 1
 
 
+def validation_is_due(loop: IterBasedTrainLoop) -> bool:
+    """Return whether a training loop validates after the iteration that it has reached, by mmengine's rule."""
+    loop._decide_current_val_interval()
+    done = loop.iter
+    return done >= loop.val_begin and (done % loop.val_interval == 0 or done == loop.max_iters)
+
+
+def validations_left(loop: IterBasedTrainLoop) -> int:
+    """Count the validations of the iterations that a training loop has still to do."""
+    start, interval = loop.iter, loop.val_interval
+    number = 0
+    for done in range(start + 1, loop.max_iters + 1):
+        loop._iter = done
+        number += validation_is_due(loop)
+    loop._iter, loop.val_interval = start, interval
+    return number
+
+
 @LOOPS.register_module()
 class TolerantValLoop(ValLoop):
     """mmengine's ValLoop; if it fails, on a bad image for example, the run logs it and goes on training.

@@ -26,12 +26,14 @@ class ResumePoint:
     Attributes:
         path: Path of the checkpoint.
         iteration, seed: Iteration and seed of the run that saved it.
+        max_iters: Iterations that that run was to have; None if it does not say.
         warnings: Which newer checkpoints cannot be used, and why.
     """
 
     path: Path
     iteration: int
     seed: int | None
+    max_iters: int | None
     warnings: list[str]
 
 
@@ -52,14 +54,17 @@ def find_resume_point(cfg: Config, checkpoint: str | Path | None = None) -> Resu
     candidates = [Path(checkpoint)] if checkpoint else _newest_first(Path(cfg.work_dir), warnings)
     for path in candidates:
         try:
-            meta = _read_resumable(path, cfg)['meta']
+            content = _read_resumable(path, cfg)
         except UserError as error:
             warnings.append(str(error))
             continue
+        meta = content['meta']
         if warnings:
             lost = max(_iteration(candidates[0]) - meta['iter'], 0)
             warnings.append(f'resuming from {path}: {lost} iterations are lost')
-        return ResumePoint(path, meta['iter'], meta.get('seed'), warnings)
+        info = content['message_hub'].get('runtime_info')
+        last = info.get('max_iters') if isinstance(info, dict) else None
+        return ResumePoint(path, meta['iter'], meta.get('seed'), last if isinstance(last, int) else None, warnings)
     if checkpoint and (
         others := [path for path in _newest_first(Path(checkpoint).parent, []) if path != candidates[0]]
     ):

@@ -23,6 +23,7 @@ from mmseg.registry import HOOKS, LOOPS, RUNNERS
 from torch import nn
 from torch.utils.data import DataLoader
 
+from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.console import is_quiet, quieten, say
 from mmseg_inceptionnext.data.guard import CurrentFiles, guard_pipelines
 from mmseg_inceptionnext.data.pipeline import read_images_safely
@@ -31,6 +32,7 @@ from mmseg_inceptionnext.errors import BadSample, UserError, first_sentence, one
 from mmseg_inceptionnext.files import DISK_FULL_ERRNOS, atomic_write
 from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.models.weights import load_for_finetuning
+from mmseg_inceptionnext.training.follow_config import differences, follow_config, settings_of
 from mmseg_inceptionnext.training.hooks.checkpoint import SafeCheckpointHook
 from mmseg_inceptionnext.training.hooks.early_stopping import ResumableEarlyStoppingHook  # noqa: F401  registers
 from mmseg_inceptionnext.training.hooks.progress import ProgressHook
@@ -165,20 +167,28 @@ class FaultTolerantMixin:
                 super().save_checkpoint(str(out_dir), partial_file.name, *args, **kwargs)
 
     def resume(self, filename: str, *args, **kwargs) -> None:
-        """Load weights, optimizer, schedulers and message hub from a checkpoint.
+        """Load weights, optimizer, schedulers and message hub from a checkpoint; rates and schedules are the config's.
 
         Raises:
             UserError: What it holds besides weights is damaged.
         """
         HistoryBuffer()  # registers its statistics, which the first that a process creates does, not the first it reads
+        settings = settings_of(self.optim_wrapper, self.param_schedulers)
         try:
             super().resume(filename, *args, **kwargs)
+            saved = read_checkpoint(filename, mmap=True)
+            if settings is not None:
+                follow_config(
+                    self.optim_wrapper, self.param_schedulers, settings, self.iter, saved.get('param_schedulers', [])
+                )
         except UserError:
             raise
         except Exception as error:  # what is in a file can be anything
             reason = f'{type(error).__name__}: {first_sentence(error)}'
             raise UserError(f'{filename} cannot be resumed ({reason}): start anew, or from another one') from error
         say(f'Resumed from {filename}, iteration {self.iter}')
+        if text := differences(self.cfg, saved):
+            say(text)
 
     def build_logger(self, *args, **kwargs) -> MMLogger:
         logger = super().build_logger(*args, **kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mmengine.config import Config
 
@@ -57,16 +57,8 @@ def stretch_schedule(cfg: Config, iterations: int, kept: Sequence[str] = ()) -> 
     def stretched(count: int) -> int:
         return iterations if count == last else math.ceil(count * ratio)
 
-    schedulers = () if 'param_scheduler' in kept else cfg.get('param_scheduler') or []
-    for scheduler in [schedulers] if isinstance(schedulers, dict) else schedulers:
-        if scheduler.get('by_epoch', True):
-            continue
-        for key in _COUNTS:
-            value = scheduler.get(key)
-            if isinstance(value, (list, tuple)):
-                scheduler[key] = [stretched(count) for count in value]
-            elif isinstance(value, int):
-                scheduler[key] = stretched(value)
+    if 'param_scheduler' not in kept:
+        _change_counts(cfg, stretched)
     for where in set(SCHEDULE_KEYS) - {'param_scheduler', *kept}:
         *sections, key = where.split('.')
         section = functools.reduce(lambda found, name: found.get(name) or {}, sections, cfg)
@@ -78,3 +70,48 @@ def stretch_schedule(cfg: Config, iterations: int, kept: Sequence[str] = ()) -> 
         cfg.train_cfg.dynamic_intervals = [
             (stretched(begin), max(1, stretched(interval))) for begin, interval in cfg.train_cfg.dynamic_intervals
         ]
+
+
+def stretch_ends(cfg: Config, last: int) -> None:
+    """Let schedulers that end with the last iteration of a shorter run end with this one's, in place."""
+    if last >= cfg.train_cfg.max_iters:
+        return
+    before = schedule_text(cfg.get('param_scheduler'))
+    _change_counts(cfg, lambda count: cfg.train_cfg.max_iters if count == last else count)
+    if schedule_text(cfg.get('param_scheduler')) != before:
+        say(f'param_scheduler is stretched to the {cfg.train_cfg.max_iters} iterations of this run, from {last}')
+
+
+def schedule_warning(cfg: Config) -> str:
+    """Say that the schedulers end before the run does, if all do; an empty string if not."""
+    ends = [scheduler.get('end') for scheduler in _schedulers(cfg.get('param_scheduler'))]
+    last = cfg.train_cfg.get('max_iters')
+    if not ends or not last or not all(isinstance(end, int) and end < last for end in ends):
+        return ''
+    return (
+        f'param_scheduler ends at iteration {max(ends)} of {last}: from there on, the learning rate stays as it is '
+        'then (`--iters N`, in the place of train_cfg.max_iters, stretches it)'
+    )
+
+
+def schedule_text(schedulers: dict | Sequence[dict] | None) -> str:
+    """Describe parameter schedulers: types, and the iterations that they begin and end with."""
+    parts = [f'{s["type"]} {s.get("begin", 0)}–{s.get("end", "")}' for s in _schedulers(schedulers)]
+    return ', '.join(parts) or 'none'
+
+
+def _schedulers(schedulers: dict | Sequence[dict] | None) -> Sequence[dict]:
+    return [schedulers] if isinstance(schedulers, dict) else schedulers or []
+
+
+def _change_counts(cfg: Config, change: Callable[[int], int]) -> None:
+    """Apply a function to every number of iterations in the parameter schedulers of a config, in place."""
+    for scheduler in _schedulers(cfg.get('param_scheduler')):
+        if scheduler.get('by_epoch', True):
+            continue
+        for key in _COUNTS:
+            value = scheduler.get(key)
+            if isinstance(value, (list, tuple)):
+                scheduler[key] = [change(count) for count in value]
+            elif isinstance(value, int):
+                scheduler[key] = change(value)

@@ -32,7 +32,7 @@ from mmseg_inceptionnext.training.mixed_precision import amp_optim_wrapper, chec
 from mmseg_inceptionnext.training.options import TrainOptions
 from mmseg_inceptionnext.training.resume import ResumePoint, find_resume_point
 from mmseg_inceptionnext.training.runner import FaultTolerantMixin, SafeFlexibleRunner, SafeRunner
-from mmseg_inceptionnext.training.schedule import set_iterations
+from mmseg_inceptionnext.training.schedule import schedule_warning, set_iterations, stretch_ends
 
 
 def train(cfg: Config, options: TrainOptions = TrainOptions()) -> FaultTolerantMixin:
@@ -146,11 +146,16 @@ def apply(cfg: Config, options: TrainOptions) -> ResumePoint | None:
         'checkpoint': dict(type='CheckpointHook', by_epoch=False, interval=1000), **(cfg.get('default_hooks') or {})
     }  # fmt: skip
 
-    if not options.resume:
-        return None
-    point = find_resume_point(cfg, None if options.resume is True else options.resume)
+    point = None
+    if options.resume:
+        point = find_resume_point(cfg, None if options.resume is True else options.resume)
+        if point is None:
+            say(f'No checkpoint in {cfg.work_dir} yet: training starts from the beginning')
+        elif point.max_iters:
+            stretch_ends(cfg, point.max_iters)
+    if warning := schedule_warning(cfg):
+        say(warning, logging.WARNING)
     if point is None:
-        say(f'No checkpoint in {cfg.work_dir} yet: training starts from the beginning')
         return None
     # mmengine restores the seed only after it has built the sampler with another one.
     cfg.randomness = {'seed': point.seed, **cfg.get('randomness', {})}

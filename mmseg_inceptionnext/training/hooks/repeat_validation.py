@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mmengine.hooks import Hook
 
+from mmseg_inceptionnext.training.loops import validation_is_due
+
 
 class RepeatValidationHook(Hook):
     """Validates before the first iteration of a resumed run, if the checkpoint was saved just before a validation.
@@ -15,14 +17,17 @@ class RepeatValidationHook(Hook):
     priority = 'VERY_LOW'
 
     def before_train_epoch(self, runner) -> None:
-        loop, done = runner.train_loop, runner.iter
-        if not runner.resumed_from or runner.val_loop is None or done == 0 or not hasattr(loop, 'val_interval'):
-            return
-        loop._decide_current_val_interval()
-        is_due = done >= loop.val_begin and (done % loop.val_interval == 0 or done == loop.max_iters)
-        if is_due and runner.message_hub.get_info('validated_iteration') != done:
+        if has_missed_validation(runner):
             runner.val_loop.run()
 
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
         if metrics:
             runner.message_hub.update_info('validated_iteration', runner.iter)
+
+
+def has_missed_validation(runner) -> bool:
+    """Return whether a run that resumes has still to validate the iteration that it resumes from."""
+    loop, done = runner.train_loop, runner.iter
+    if not runner.resumed_from or runner.val_loop is None or done == 0 or not hasattr(loop, 'val_interval'):
+        return False
+    return validation_is_due(loop) and runner.message_hub.get_info('validated_iteration') != done
