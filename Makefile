@@ -13,7 +13,7 @@ DEMO_OUT := work_dirs/mini/fpn_inceptionnext_a
 
 demo: $(READY)
 	test -d $(DEMO_DATA) || $(BIN)/python tools/make_mini_ade20k.py --out $(DEMO_DATA)
-	$(BIN)/python tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO_OUT) --seed 0
+	$(BIN)/python tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO_OUT) --seed 0 --overwrite
 	$(BIN)/python tools/test.py $(DEMO_CONFIG) $$(cat $(DEMO_OUT)/last_checkpoint) --work-dir $(DEMO_OUT) \
 		--show-dir $(DEMO_OUT)/pictures --report $(DEMO_OUT)/report --json $(DEMO_OUT)/figures.json
 	@echo "Pictures of image, truth and prediction are in $(DEMO_OUT)/pictures, a report in $(DEMO_OUT)/report/index.html"

@@ -19,7 +19,7 @@ import torch
 from mmengine.config import DictAction
 
 from mmseg_inceptionnext.config import user_error_message
-from mmseg_inceptionnext.files import DISK_FULL_ERRNOS
+from mmseg_inceptionnext.files import DISK_FULL_ERRNOS, make_folder, remove_empty_folders
 
 # What `python -m mmseg_inceptionnext` calls those tools that it does not call by the name of their file.
 SHORT_NAMES = {
@@ -116,6 +116,11 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option whose value :func:`mmseg_inceptionnext.device.use_device` takes."""
+    parser.add_argument('--device', help='cpu, cuda, cuda:1 … (a GPU if there is one)')
+
+
 def add_verbose_option(parser: argparse.ArgumentParser) -> None:
     """Add the option that gives mmengine's screen back, see :func:`mmseg_inceptionnext.console.quiet_screen`."""
     parser.add_argument('--verbose', action='store_true', help='show all that mmengine says, as the log file has it')
@@ -132,7 +137,7 @@ def output_file(text: str) -> Path:
     """Parse the path of an output file; fail now if it cannot be written, not after hours."""
     path = Path(text)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     except OSError as error:
         raise argparse.ArgumentTypeError(f'cannot write {path}: {error.strerror}') from error
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -144,7 +149,7 @@ def output_folder(text: str) -> Path:
     """Parse the path of a folder that can be written into; make it if it is missing."""
     path = Path(text)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
     except OSError as error:
         raise argparse.ArgumentTypeError(f'cannot write into {path}: {error.strerror}') from error
     if not text or not os.access(path, os.W_OK):
@@ -160,7 +165,19 @@ def positive_int(text: str) -> int:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a tool's main function; a user's mistake ends in one line on stderr and exit code 2."""
+    """Call a tool's main function; a user's mistake ends in one line on stderr and exit code 2.
+
+    However it fails, folders that it has made and that are still empty are removed.
+    """
+    try:
+        _run(main)
+    except BaseException as end:
+        if not (isinstance(end, SystemExit) and end.code in (None, 0)):
+            remove_empty_folders()
+        raise
+
+
+def _run(main: Callable[[], None]) -> None:
     # The recipes keep mmseg's default, which averages the loss over ignored pixels, too; mmseg warns in every run.
     warnings.filterwarnings('ignore', message='Default ``avg_non_ignore`` is False')
     warnings.filterwarnings('ignore', message='``build_loss`` would be deprecated')  # mmseg 1.2.2 warns about itself

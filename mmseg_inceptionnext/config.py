@@ -26,6 +26,7 @@ from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.data.own_data import fit_channels, use_data_file
 from mmseg_inceptionnext.distributed import check_launcher, rank
 from mmseg_inceptionnext.errors import UserError, one_line
+from mmseg_inceptionnext.files import make_folder
 
 __all__ = ['find_config', 'load_config', 'override', 'read_config', 'require', 'set_data_root', 'user_error_message']
 
@@ -103,7 +104,7 @@ def set_data_root(cfg: Config, data_root: str | Path) -> None:
 
 def _check_writable(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

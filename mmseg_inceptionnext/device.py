@@ -7,6 +7,7 @@ import re
 import resource
 from pathlib import Path
 
+import mmengine.device.utils
 import torch
 from mmengine.device import get_device
 
@@ -31,6 +32,26 @@ def find_device(name: str | torch.device | None = None) -> torch.device:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f'device={str(name)!r} cannot be used here ({reason}): choose cpu, or leave it out') from error
     return device
+
+
+def use_device(name: str | None, launcher: str = 'none') -> None:
+    """Let mmengine's runners in this process use a device; by default they choose a GPU, if there is one.
+
+    Args:
+        name: Name of the device, such as 'cpu' or 'cuda:1'; None changes nothing.
+        launcher: What started the processes of a distributed run, which gives each its own GPU.
+
+    Raises:
+        UserError: The device cannot be used here, or a launcher has to choose it.
+    """
+    if name is None:
+        return
+    device = find_device(name)
+    if launcher != 'none' and device.type != 'cpu':
+        raise UserError(f'device={name!r}: with launcher={launcher!r} each process has its own: leave it out')
+    if device.type == 'cuda' and device.index is not None:
+        torch.cuda.set_device(device)
+    mmengine.device.utils.DEVICE = device.type  # what get_device returns
 
 
 def device_name(device: str) -> str:

@@ -12,6 +12,31 @@ from pathlib import Path
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
+_made: list[Path] = []
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those that it lies in, unless they are there; see :func:`remove_empty_folders`.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    missing = [folder for folder in (path, *path.absolute().parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    _made.extend(folder.absolute() for folder in reversed(missing))
+
+
+def remove_empty_folders() -> None:
+    """Remove what :func:`make_folder` has made in this process, where nothing has come into it: a run has failed."""
+    while _made:
+        folder = _made.pop()
+        for inside in sorted((p for p in folder.rglob('*') if p.is_dir()), reverse=True):
+            with suppress(OSError):
+                inside.rmdir()
+        with suppress(OSError):
+            folder.rmdir()
+
+
 @contextmanager
 def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the same folder, with the same suffix; on success it is renamed to ``path``.

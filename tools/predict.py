@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
 from mmseg_inceptionnext.command_line import (
     ToolParser,
+    add_device_option,
     add_trust_option,
     exit_if_any_failed,
     output_folder,
@@ -47,7 +48,7 @@ def main() -> None:
         '--labels', action='store_true', help='label maps, too, coded as annotations: in ADE20K label + 1, 0 unlabelled'
     )
     parser.add_argument('--batch-size', metavar='N', type=positive_int, default=1, help='images at once (1)')
-    parser.add_argument('--device', help='cpu, cuda, cuda:1 … (a GPU if there is one)')
+    add_device_option(parser)
     parser.add_argument('--overwrite', action='store_true', help='replace what is in DIR already')
     parser.add_argument(
         '--classes',

@@ -9,6 +9,7 @@ from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
 from mmseg_inceptionnext.command_line import (
     ToolParser,
     add_config_options,
+    add_device_option,
     add_trust_option,
     add_verbose_option,
     output_file,
@@ -18,6 +19,7 @@ from mmseg_inceptionnext.command_line import (
 )
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.console import quiet_screen
+from mmseg_inceptionnext.device import use_device
 from mmseg_inceptionnext.evaluation import evaluate
 
 
@@ -47,6 +49,7 @@ def main() -> None:
         '--report-images', metavar='N', type=positive_int, default=5,
         help='how many of the worst, median and best images the report shows (5)',
     )  # fmt: skip
+    add_device_option(parser)
     add_verbose_option(parser)
     add_trust_option(parser)
     args = parser.parse_args()
@@ -55,6 +58,7 @@ def main() -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
+    use_device(args.device, args.launcher)
     cfg = load_config(args.config, args.work_dir, args.data_root, args.launcher, args.cfg_options, args.data)
     pictures = [str(folder) for folder in (args.out, args.show_dir) if folder]
     figures = evaluate(

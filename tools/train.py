@@ -1,6 +1,7 @@
 """Train a segmentor."""
 
 import argparse
+import dataclasses
 import shlex
 import signal
 import sys
@@ -11,6 +12,7 @@ from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
 from mmseg_inceptionnext.command_line import (
     ToolParser,
     add_config_options,
+    add_device_option,
     add_trust_option,
     add_verbose_option,
     command,
@@ -19,6 +21,7 @@ from mmseg_inceptionnext.command_line import (
 )
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.console import quiet_screen
+from mmseg_inceptionnext.device import use_device
 from mmseg_inceptionnext.measure.tables import recipes_table
 from mmseg_inceptionnext.training.options import TrainOptions
 from mmseg_inceptionnext.training.train import plan, run_result, train
@@ -34,6 +37,9 @@ def main() -> None:
     )
     parser.add_argument(
         '--resume', nargs='?', const=True, default=False, metavar='CKPT', help='resume from CKPT (the last checkpoint)'
+    )
+    parser.add_argument(
+        '--overwrite', action='store_true', help='replace the checkpoints of another run in the work dir'
     )
     parser.add_argument('--finetune', metavar='CKPT', help='start from another trained segmentor, whatever its classes')
     parser.add_argument('--amp', action='store_true', help='mixed precision: bf16, or fp16 on GPUs without it')
@@ -67,6 +73,7 @@ def main() -> None:
         default='ddp',
         help='each process holds the whole model (ddp), or a share of weights, gradients and optimizer',
     )
+    add_device_option(parser)
     add_verbose_option(parser)
     add_trust_option(parser)
     args = parser.parse_args()
@@ -81,12 +88,9 @@ def main() -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
+    use_device(args.device, args.launcher)
     cfg = load_config(args.config, args.work_dir, args.data_root, args.launcher, args.cfg_options, args.data)
-    options = TrainOptions(
-        weights=args.weights, resume=args.resume, amp=args.amp, seed=args.seed, epochs=args.epochs, iters=args.iters,
-        finetune=args.finetune, class_weights=args.class_weights, ema=args.ema, early_stop=args.early_stop,
-        auto_batch=args.auto_batch, skip_bad_images=args.skip_bad_images, strategy=args.strategy,
-    )  # fmt: skip
+    options = TrainOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TrainOptions)})
     if args.dry_run:
         resolved = plan(cfg, options)
         if is_main_process():

@@ -10,12 +10,14 @@ from mmengine.device import get_device
 from mmengine.dist import get_world_size
 from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import init_default_scope
+from mmseg.models import SegDataPreProcessor
 from mmseg.registry import MODELS
 from torch import nn
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.config_files import heads
 from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.models.padding_preprocessor import PaddingPreprocessor
 from mmseg_inceptionnext.models.weights import load_segmentor
 
 # Stride of the last feature map of every backbone here, and so the shortest side of an input, in pixels.
@@ -38,6 +40,8 @@ def build_segmentor(cfg: Config, checkpoint: str | Path | None = None) -> BaseMo
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     model = MODELS.build(cfg.model)
     _check_channels(cfg.model, getattr(model, 'backbone', None))
+    if type(model.data_preprocessor) is SegDataPreProcessor:
+        model.data_preprocessor.__class__ = PaddingPreprocessor
     if get_world_size() == 1 or get_device() == 'cpu':
         model = revert_sync_batchnorm(model)
     if checkpoint is not None:

@@ -14,6 +14,7 @@ class TrainOptions:
             :func:`~mmseg_inceptionnext.models.weights.load_pretrained`; 'none' trains from scratch.
         resume: Path of the checkpoint to resume from, or True for the newest undamaged one in the work dir. Where there
             is none yet, the run starts from the beginning, so that a job script can always ask to resume.
+        overwrite: Replace the checkpoints of another run in the work dir; by default they are an error.
         amp: Mixed precision, see :func:`~mmseg_inceptionnext.training.mixed_precision.amp_optim_wrapper`.
         seed: Seed of all random numbers. Default: the config's, on resuming the checkpoint's, else a random one.
         epochs, iters: Length of the run, in passes over the training images, or in iterations; warm-up, decay,
@@ -33,6 +34,7 @@ class TrainOptions:
 
     weights: str | None = None
     resume: str | bool = False
+    overwrite: bool = False
     amp: bool = False
     seed: int | None = None
     epochs: int | None = None

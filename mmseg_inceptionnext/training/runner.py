@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from mmseg_inceptionnext.console import is_quiet, quieten, say
 from mmseg_inceptionnext.data.guard import CurrentFiles, guard_pipelines
 from mmseg_inceptionnext.data.pipeline import read_images_safely
 from mmseg_inceptionnext.distributed import any_rank
-from mmseg_inceptionnext.errors import BadSample, UserError, first_sentence, one_line
+from mmseg_inceptionnext.errors import BadSample, MissingPackage, UserError, first_sentence, one_line
 from mmseg_inceptionnext.files import DISK_FULL_ERRNOS, atomic_write
 from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.models.weights import load_for_finetuning
@@ -37,11 +38,39 @@ from mmseg_inceptionnext.training.hooks.checkpoint import SafeCheckpointHook
 from mmseg_inceptionnext.training.hooks.early_stopping import ResumableEarlyStoppingHook  # noqa: F401  registers
 from mmseg_inceptionnext.training.hooks.progress import ProgressHook
 from mmseg_inceptionnext.training.hooks.repeat_validation import RepeatValidationHook
+from mmseg_inceptionnext.training.hooks.same_size import SameSizeHook
 from mmseg_inceptionnext.training.hooks.stop_on_signal import StopOnSignalHook
 from mmseg_inceptionnext.training.signals import StopSignal, disable_sigchld_handler, ignore_signals_in_worker
 
 # What takes the place of mmengine's hooks.
 _OUR_HOOKS = {CheckpointHook: 'SafeCheckpointHook', EarlyStoppingHook: 'ResumableEarlyStoppingHook'}
+
+
+# Packages that mmengine's backends import when a run starts, and do not require.
+_PACKAGES_OF_BACKENDS = {
+    'AimVisBackend': 'aim',
+    'ClearMLVisBackend': 'clearml',
+    'DVCLiveVisBackend': 'dvclive',
+    'MLflowVisBackend': 'mlflow',
+    'NeptuneVisBackend': 'neptune',
+    'TensorboardVisBackend': 'tensorboard',
+    'WandbVisBackend': 'wandb',
+}
+
+
+def check_backends(visualizer: dict | Visualizer | None) -> None:
+    """Check that the packages of a visualizer's backends are installed.
+
+    Raises:
+        UserError: One is not.
+    """
+    backends = visualizer.get('vis_backends') if isinstance(visualizer, dict) else None
+    for backend in [backends] if isinstance(backends, dict) else backends or []:
+        package = _PACKAGES_OF_BACKENDS.get(backend['type']) if isinstance(backend, dict) else None
+        if package and find_spec(package) is None:
+            raise MissingPackage(
+                f'{backend["type"]} needs {package}: pip install {package}, or take it out of visualizer.vis_backends'
+            )
 
 
 class FaultTolerantMixin:
@@ -211,6 +240,10 @@ class FaultTolerantMixin:
         if isinstance(dataloader, dict):
             dataloader = copy.deepcopy(dataloader)
             read_images_safely(dataloader)
+            if not dataloader.get('num_workers'):
+                # torch refuses what is about workers, which the recipes set, where there are none.
+                for key in ('persistent_workers', 'prefetch_factor', 'multiprocessing_context'):
+                    dataloader.pop(key, None)
         loader = super().build_dataloader(dataloader, *args, **kwargs)
         current = CurrentFiles(loader.num_workers)
         self._current_files.append(current)
@@ -228,7 +261,12 @@ class FaultTolerantMixin:
         return loop
 
     def build_visualizer(self, visualizer: dict | Visualizer | None = None) -> Visualizer:
-        """Build mmengine's under the run's own name: under a fixed one, the next run in this process would get it."""
+        """Build mmengine's under the run's own name: under a fixed one, the next run in this process would get it.
+
+        Raises:
+            UserError: A package that one of its backends needs is not installed.
+        """
+        check_backends(visualizer)
         if isinstance(visualizer, dict):
             visualizer = {key: value for key, value in visualizer.items() if key != 'name'}
         return super().build_visualizer(visualizer)
@@ -247,6 +285,7 @@ class FaultTolerantMixin:
         super().register_hooks(*args, **kwargs)
         self.register_hook(StopOnSignalHook())
         self.register_hook(RepeatValidationHook())
+        self.register_hook(SameSizeHook())
         if is_quiet():
             logger = (self.cfg.get('default_hooks') or {}).get('logger') or {}
             self.register_hook(ProgressHook(logger.get('interval', 50)))

@@ -31,7 +31,7 @@ from mmseg_inceptionnext.training.fsdp import check_fsdp
 from mmseg_inceptionnext.training.mixed_precision import amp_optim_wrapper, check_amp
 from mmseg_inceptionnext.training.options import TrainOptions
 from mmseg_inceptionnext.training.resume import ResumePoint, find_resume_point
-from mmseg_inceptionnext.training.runner import FaultTolerantMixin, SafeFlexibleRunner, SafeRunner
+from mmseg_inceptionnext.training.runner import FaultTolerantMixin, SafeFlexibleRunner, SafeRunner, check_backends
 from mmseg_inceptionnext.training.schedule import schedule_warning, set_iterations, stretch_ends
 
 
@@ -94,6 +94,12 @@ def check(cfg: Config, options: TrainOptions) -> None:
         value = cfg[section].get(key)
         if value is not None and not (isinstance(value, int) and value > 0):
             raise UserError(f'{section}.{key}={value!r} must be a positive whole number')
+    if not options.resume and not options.overwrite and (there := _checkpoints(cfg.work_dir)):
+        raise UserError(
+            f'{cfg.work_dir} has checkpoints of another run, such as {there[0].name}: pass resume=True to go on with '
+            'it, overwrite=True to replace them, or choose another work_dir=DIR'
+        )
+    check_backends(cfg.get('visualizer'))
     check_data(cfg, 'train', 'val')
     if options.amp:
         check_amp(cfg)
@@ -101,6 +107,12 @@ def check(cfg: Config, options: TrainOptions) -> None:
         check_fsdp(cfg)
     if options.auto_batch:
         split_recipe_batch(cfg)
+
+
+def _checkpoints(work_dir: str | Path) -> list[Path]:
+    """Return the files by which a run can be resumed or tested, newest first."""
+    found = [path for pattern in ('iter_*.pth', 'best_*.pth') for path in Path(work_dir).glob(pattern)]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def apply(cfg: Config, options: TrainOptions) -> ResumePoint | None:
@@ -197,7 +209,10 @@ def make_runner(cfg: Config, point: ResumePoint | None) -> FaultTolerantMixin:
     """
     source = cfg.get('load_from')
     if point is None and source is not None:  # to fine-tune; mmengine would silently load a partial match
-        check_fits(build_segmentor(cfg), read_checkpoint(source), source)
+        try:
+            check_fits(build_segmentor(cfg), read_checkpoint(source), source)
+        except UserError as error:
+            raise UserError(f'load_from: {error}; finetune={str(source)!r} takes over what fits') from error
     if point is None and cfg.get('finetune'):  # an early error
         names = open_dataset(leaf_datasets(cfg.train_dataloader.dataset)[0]).metainfo['classes']
         load_for_finetuning(build_segmentor(cfg), cfg.finetune, names)
@@ -206,6 +221,11 @@ def make_runner(cfg: Config, point: ResumePoint | None) -> FaultTolerantMixin:
     if point is None:
         if is_main_process():
             runner.skipped_images.unlink(missing_ok=True)  # left by an earlier run
+            sources = (source, cfg.get('finetune'), (cfg.model.backbone.get('init_cfg') or {}).get('checkpoint'))
+            needed = {os.path.realpath(path) for path in sources if path}
+            for path in (*_checkpoints(runner.work_dir), Path(runner.work_dir, 'last_checkpoint')):
+                if os.path.realpath(path) not in needed:
+                    path.unlink(missing_ok=True)
         return runner
     runner.resume_from(str(point.path))
     for warning in point.warnings:

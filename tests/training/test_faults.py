@@ -253,11 +253,12 @@ def test_configs_of_other_origin_get_the_same_protection(tiny_cfg):
     assert any(isinstance(hook, SafeCheckpointHook) for hook in runner.hooks)
     assert isinstance(runner.val_loop, TolerantValLoop)
     del tiny_cfg.default_hooks.checkpoint
-    runner = train(variant(tiny_cfg, tiny_cfg.work_dir, **{'train_cfg.max_iters': 1}), TrainOptions(seed=5))
+    options = TrainOptions(seed=5, overwrite=True)
+    runner = train(variant(tiny_cfg, tiny_cfg.work_dir, **{'train_cfg.max_iters': 1}), options)
     assert any(isinstance(hook, SafeCheckpointHook) for hook in runner.hooks)
     tiny_cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)
     with pytest.raises(UserError, match='counts epochs'):
-        train(tiny_cfg)
+        train(tiny_cfg, options)
 
 
 @pytest.mark.slow
