@@ -33,7 +33,7 @@ from mmseg_inceptionnext.data.transforms import CheckAnnotation, ReadImage
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.evaluation.metrics import ConfusionMetric, PerClassIoUMetric
 from mmseg_inceptionnext.evaluation.picture_hooks import OverlayHook, ValidationSamplesHook
-from mmseg_inceptionnext.hub import get_config, get_model
+from mmseg_inceptionnext.hub import config_path, get_config, get_model
 from mmseg_inceptionnext.inference import optimize_for_inference
 from mmseg_inceptionnext.inference.label_map_segmentor import LabelMapSegmentor
 from mmseg_inceptionnext.inference.segmentor import Segmentation, Segmentor
@@ -80,6 +80,7 @@ __all__ = [
     'UserError',
     'ValidationSamplesHook',
     '__version__',
+    'config_path',
     'get_config',
     'get_model',
     'optimize_for_inference',

@@ -16,7 +16,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import Registry
 from mmseg.models.segmentors import EncoderDecoder
 
-from mmseg_inceptionnext.config_files import read_config, require
+from mmseg_inceptionnext.config_files import find_config, read_config, require
 from mmseg_inceptionnext.device import find_device
 from mmseg_inceptionnext.models.build import build_segmentor
 
@@ -44,6 +44,23 @@ def get_config(name: str | Path) -> Config:
         UserError: There is no such config, or it cannot be read.
     """
     return read_config(name)
+
+
+def config_path(name: str) -> str:
+    """Return the path of a shipped config, for ``_base_`` of another, in programs that do not import this package.
+
+    ``_base_ = 'mmseg_inceptionnext::upernet/inceptionnext_t.py'`` is read only where the package has been imported
+    before, as by its own tools. This line is read everywhere, because mmengine evaluates it::
+
+        _base_ = __import__('mmseg_inceptionnext').config_path('upernet/inceptionnext_t')
+
+    Args:
+        name: Name of a shipped config, such as 'upernet/inceptionnext_t'.
+
+    Raises:
+        UserError: There is no such config.
+    """
+    return str(find_config(name).absolute())
 
 
 def get_model(

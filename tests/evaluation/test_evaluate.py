@@ -11,9 +11,9 @@ from mmengine.runner import Runner
 from PIL import Image
 
 from mmseg_inceptionnext import PerClassIoUMetric, UserError
-from mmseg_inceptionnext.evaluation import evaluate
+from mmseg_inceptionnext.evaluation import evaluate, picture_hooks
 from mmseg_inceptionnext.training.options import TrainOptions
-from mmseg_inceptionnext.training.train import train
+from mmseg_inceptionnext.training.train import run_result, train
 
 
 @pytest.fixture
@@ -181,3 +181,19 @@ def test_multi_scale_needs_an_encoder_decoder(tiny_cfg, checkpoint, monkeypatch)
     monkeypatch.setattr(sys.modules['mmseg_inceptionnext.evaluation.evaluate'], 'EncoderDecoder', dict)
     with pytest.raises(UserError, match='tta=True is for an EncoderDecoder'):
         evaluate(tiny_cfg, checkpoint, tta=True)
+
+
+def test_pictures_that_fail_cost_no_figures(tiny_cfg, trained, tmp_path, monkeypatch):
+    """Neither those of a test nor those of a validation; a line says how many are missing, and why."""
+    said = []
+
+    def fail(*_):
+        raise IndexError('out of bounds')
+
+    monkeypatch.setattr(picture_hooks, 'draw_comparison', fail)
+    monkeypatch.setattr(picture_hooks, 'say', lambda text, *_: said.append(text))
+    assert evaluate(tiny_cfg, trained, show_dir=tmp_path / 'shown')['mIoU'] is not None
+    tiny_cfg.train_cfg.update(max_iters=1, val_interval=1)
+    runner = train(tiny_cfg, TrainOptions(weights='none'))
+    assert runner.val_loop.failures == {} and run_result(runner)['best'] is not None
+    assert len(said) == 2 and all('2 pictures are missing' in line and 'out of bounds' in line for line in said)

@@ -40,7 +40,7 @@ def config(tmp_path, mini_root) -> Path:
     return path
 
 
-def test_train_and_test(mmseg_tool, tool, config, tmp_path):
+def test_train_and_test(mmseg_tool, tool_here, config, tmp_path):
     options = ('--cfg-options', 'train_cfg.max_iters=3', 'train_cfg.val_interval=3', 'model.backbone.init_cfg=None')
     options += ('randomness.seed=0',)  # or, in one run of many, a tie of two logits decides the last digit
     mmseg_tool('train.py', config, '--work-dir', 'work', *options)
@@ -48,7 +48,7 @@ def test_train_and_test(mmseg_tool, tool, config, tmp_path):
     for tta in ([], ['--tta']):
         text = mmseg_tool('test.py', config, checkpoint, '--work-dir', 'test', *tta)
         theirs = float(re.findall(r'mIoU: ([\d.]+)', text)[-1])
-        assert tool('test', config, checkpoint, '--work-dir', 'ours', '--json', 'f.json', *tta).returncode == 0
+        assert tool_here('test', config, checkpoint, '--work-dir', 'ours', '--json', 'f.json', *tta).returncode == 0
         assert theirs == json.loads((tmp_path / 'f.json').read_text())['mIoU']
 
 
@@ -57,6 +57,10 @@ def test_pictures_of_predictions(mmseg_tool, config, trained, tmp_path):
     assert len(list((tmp_path / 'show').rglob('*.png'))) == 2
 
 
-def test_browse_the_data_set(mmseg_tool, config, tmp_path):
+@pytest.mark.parametrize('by_name', [False, True], ids=['by path', 'by name'])
+def test_browse_the_data_set(mmseg_tool, config, tmp_path, by_name):
+    if by_name:
+        name = "__import__('mmseg_inceptionnext').config_path('mini/fpn_inceptionnext_a')"
+        config.write_text(config.read_text().replace(f"'{TINY_CONFIG}'", name))
     mmseg_tool('analysis_tools/browse_dataset.py', config, '--output-dir', 'browsed', '--not-show')
     assert len(list((tmp_path / 'browsed').iterdir())) == 4

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mmseg
 import pytest
 from mmengine.hooks import Hook
 from mmseg.registry import HOOKS
@@ -121,20 +120,6 @@ def test_resume_goes_on_in_the_same_work_dir(work_dir, tool, mini_root):
     process = tool('train', TINY_CONFIG, '--work-dir', work_dir, '--data-root', mini_root, '--resume')
     assert process.returncode == 0, process.stderr[-3000:]
     assert 'Iter(train) [4/6]' in process.stdout and 'Iter(train) [3/6]' not in process.stdout
-
-
-def test_mmsegs_own_tools_run_the_configs(tool, mini_root, tmp_path):
-    """`custom_imports` names the package; on one CPU process SyncBN is BN by torch's own doing."""
-    tools = f'{mmseg.__path__[0]}/.mim/tools'
-    options = ['train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'default_hooks.checkpoint.interval=2']
-    options += [f'{split}_dataloader.dataset.data_root={mini_root}' for split in ('train', 'val', 'test')]
-    for script, *arguments in (('train', TINY_CONFIG), ('test', TINY_CONFIG, tmp_path / 'w' / 'iter_2.pth')):
-        command = [sys.executable, f'{tools}/{script}.py', *arguments, '--work-dir', tmp_path / 'w']
-        process = subprocess.run(
-            [*command, '--cfg-options', *options], capture_output=True, text=True, cwd=tmp_path, timeout=300
-        )
-        assert process.returncode == 0, process.stderr[-3000:]
-    assert 'mIoU' in process.stdout
 
 
 def test_work_dirs_of_upernet_and_fpn_do_not_collide(tmp_path, monkeypatch):
