@@ -20,6 +20,7 @@ from mmseg_inceptionnext.training.schedule import schedule_text
 _SECTIONS = ('train_cfg', 'optim_wrapper', 'train_dataloader.batch_size', 'train_dataloader.dataset.pipeline', 'model')
 _LEFT_OUT = ('train_cfg.val_interval', 'train_cfg.val_begin', 'train_cfg.dynamic_intervals', 'model.backbone.init_cfg')
 _LONGEST_VALUE = 60  # characters
+_MOST_SHOWN = 8
 
 # Attributes of mmengine's schedulers that count, and those that follow from the optimizer's settings.
 _STATE = ('optimizer', 'base_values', 'last_step', '_global_step', '_last_value', 'verbose')
@@ -118,6 +119,8 @@ def differences(cfg: Config, checkpoint: dict) -> str:
         now.append(schedule_text(cfg.get('param_scheduler')))
     if not before:
         return ''
+    if (more := len(before) - _MOST_SHOWN) > 0:
+        before, now = [*before[:_MOST_SHOWN], f'{more} more'], [*now[:_MOST_SHOWN], '…']
     done = checkpoint['meta']['iter']
     return (
         f"The run that saved the checkpoint had {', '.join(before)}. From iteration {done} on this run's config holds: "
