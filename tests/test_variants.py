@@ -91,7 +91,7 @@ def images_of(cfg: Config) -> list[Path]:
     return [Path(sample['img_path']) for sample in list_samples(open_dataset(cfg.test_dataloader.dataset))]
 
 
-FAST = ('SegformerHead', 'cascade')
+FAST = ('cascade',)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,10 @@ def rgba(path, values):
 
 
 @pytest.mark.parametrize(
-    ('store', 'suffix', 'channels'), [(grey, '.png', 1), (rgba, '.png', 4), (bands, '.tif', 5)],
+    ('store', 'suffix', 'channels'), [
+        pytest.param(grey, '.png', 1, marks=pytest.mark.slow), pytest.param(rgba, '.png', 4, marks=pytest.mark.slow),
+        (bands, '.tif', 5),
+    ],
     ids=['grey', 'RGBA', 'bands of 16 bits'],
 )  # fmt: skip
 def test_channels(store, suffix, channels, tmp_path):

@@ -366,7 +366,7 @@ def test_names_that_cannot_be_files(name):
         read_checkpoint(name)
 
 
-def test_a_trusted_file_may_run(files, trained, tool, mini_root, tmp_path):
+def test_a_trusted_file_may_run(files, trained, tool_here, mini_root, tmp_path):
     marker = files['nested_in_state_dict'].parent / 'executed'
     with pytest.raises(UserError, match='it wants to run builtins.exec, .* pass trust_checkpoint=True'):
         read_checkpoint(files['nested_in_state_dict'])
@@ -380,8 +380,8 @@ def test_a_trusted_file_may_run(files, trained, tool, mini_root, tmp_path):
     content['meta']['note'] = Path('notes')  # harmless, and not allowed
     torch.save(content, tmp_path / 'mine.pth')
     arguments = ('test', TINY_CONFIG, tmp_path / 'mine.pth', '--data-root', mini_root)
-    assert_user_error(tool(*arguments), 'mine.pth is refused: it wants to run pathlib.', '--trust-checkpoint')
-    process = tool(*arguments, '--trust-checkpoint')
+    assert_user_error(tool_here(*arguments), 'mine.pth is refused: it wants to run pathlib.', '--trust-checkpoint')
+    process = tool_here(*arguments, '--trust-checkpoint')
     assert process.returncode == 0 and 'mIoU' in process.stdout, process.stderr[-3000:]
 
 

@@ -157,7 +157,9 @@ def as_stored(path, form: Form) -> np.ndarray:
         return np.asarray(image.convert('RGB') if any(np.ndim(code) for code in form.truth) else image)
 
 
-SLOW = ('palette', 'one channel', 'suffixes', 'ignored class', 'ultralytics')  # much like others
+SLOW = (
+    'palette', 'one channel', 'suffixes', 'ignored class', 'ultralytics', 'template', 'held out', 'four channels',
+)  # much like others  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -191,6 +193,7 @@ def stem(path: str) -> str:
     return path.rpartition('/')[2].rpartition('.')[0]
 
 
+@pytest.mark.slow
 def test_more_than_255_classes(tmp_path):
     """Where 255 is a class, the label of ignored pixels is another."""
     classes = {i: f'class {i}' for i in range(300)}

@@ -91,7 +91,7 @@ def test_a_data_set_in_another_storage(tiny_cfg, bucket):
     assert evaluate(remote_cfg, checkpoint) == evaluate(tiny_cfg, checkpoint)
     remote_cfg.train_dataloader.dataset.data_root = 'bucket://nothing'
     with pytest.raises(UserError, match='no data set at bucket://nothing'):
-        train(remote_cfg, TrainOptions(seed=5))
+        train(remote_cfg, TrainOptions(seed=5, overwrite=True))
 
 
 def test_checkpoints_in_another_storage_by_back_end_not_by_prefix(tiny_cfg, bucket):

@@ -77,6 +77,7 @@ def test_every_task(setting):
     assert (row.fps_forward_backward is not None) == (setting.task == 'backbone')
 
 
+@pytest.mark.slow
 def test_real_images(mini_root):
     """With a config whose dataloader has workers of its own."""
     mini = str(ROOT / 'configs/mini/fpn_inceptionnext_a.py')

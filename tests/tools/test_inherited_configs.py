@@ -16,7 +16,7 @@ WAYS = {
 }
 
 
-@pytest.fixture(params=['name', 'expression', pytest.param('path', marks=pytest.mark.slow)])
+@pytest.fixture(params=['name', *(pytest.param(way, marks=pytest.mark.slow) for way in ('expression', 'path'))])
 def config(request, tmp_path, mini_root):
     base, own = TINY_CONFIG.read_text().split('\n', 2)[1:]
     assert base.startswith('_base_')

@@ -39,8 +39,8 @@ def test_a_run_ends_with_the_command_that_tests_its_best_checkpoint(work_dir, tm
     assert process.stdout.strip().splitlines()[-1].startswith(figure.split(' at ')[0])
 
 
-def test_train_then_test(work_dir, tool, mini_root, tmp_path):
-    process = tool(
+def test_train_then_test(work_dir, tool_here, mini_root, tmp_path):
+    process = tool_here(
         'test', TINY_CONFIG, work_dir / 'iter_3.pth', '--data-root', mini_root, '--work-dir', tmp_path / 'work',
         '--out', 'labels', '--show-dir', 'pictures', '--json', 'new/figures.json',
     )  # fmt: skip
@@ -53,23 +53,23 @@ def test_train_then_test(work_dir, tool, mini_root, tmp_path):
         assert sorted(p.name for p in (tmp_path / folder).iterdir()) == ['ADE_val_00000001.png', 'ADE_val_00000002.png']
 
 
-def test_multi_scale_reports_that_are_compared(work_dir, tool, mini_root, tmp_path):
+def test_multi_scale_reports_that_are_compared(work_dir, tool_here, mini_root, tmp_path):
     for options in ([], ['--tta']):
         name = 'b' if options else 'a'
-        process = tool(
+        process = tool_here(
             'test', TINY_CONFIG, work_dir / 'iter_3.pth', '--data-root', mini_root, '--work-dir', tmp_path / 'work',
             '--report', name, '--report-images', 1, *options,
         )  # fmt: skip
         assert process.returncode == 0, process.stderr[-3000:]
         assert process.stdout.strip().splitlines()[-1] == f'Report: {name}/index.html'
         assert '--report' in json.loads((tmp_path / name / 'report.json').read_text())['run']['command']
-    process = tool('compare_reports', 'a', 'b/report.json')
+    process = tool_here('compare_reports', 'a', 'b/report.json')
     assert process.returncode == 0 and '| mIoU ' in process.stdout and 'B − A' in process.stdout
 
 
-def test_label_maps_without_ground_truth(work_dir, tool, mini_root, tmp_path):
+def test_label_maps_without_ground_truth(work_dir, tool_here, mini_root, tmp_path):
     shutil.copytree(mini_root / 'images' / 'validation', tmp_path / 'data' / 'images' / 'validation')
-    process = tool('test', TINY_CONFIG, work_dir / 'iter_3.pth', '--data-root', 'data', '--out', 'labels', '--tta')
+    process = tool_here('test', TINY_CONFIG, work_dir / 'iter_3.pth', '--data-root', 'data', '--out', 'labels', '--tta')
     assert process.returncode == 0, process.stderr[-3000:]
     assert 'there are no metrics. Predictions are in labels' in process.stdout.strip().splitlines()[-1]
     assert len(list((tmp_path / 'labels').iterdir())) == 2
@@ -106,8 +106,8 @@ def test_mistakes_of_predict(work_dir, tool_here, mini_root, tmp_path):
     assert_user_error(tool_here('test', TINY_CONFIG, checkpoint, '--report-images', 'x'), 'not a positive whole number')
 
 
-def test_dry_run(tool, mini_root, tmp_path):
-    process = tool(
+def test_dry_run(tool_here, mini_root, tmp_path):
+    process = tool_here(
         'train', 'mini/upernet_inceptionnext_a', '--data-root', mini_root, '--work-dir', 'w', '--dry-run',
         '--auto-batch', '--cfg-options', 'train_dataloader.batch_size=2',
     )  # fmt: skip
@@ -228,8 +228,8 @@ def test_get_flops(tool, tmp_path):
     assert process.stdout.count('\n') == 4 and '43.5' in process.stdout and '44' in process.stdout
 
 
-def test_benchmark(tool, tmp_path):
-    process = tool(
+def test_benchmark(tool_here, tmp_path):
+    process = tool_here(
         'benchmark', TINY_CONFIG, 'nowhere.py', '--shape', 64, 64, '--repeat', 2, '--json', 'speed.json'
     )  # fmt: skip
     assert_user_error(process, 'nowhere.py: no config at')

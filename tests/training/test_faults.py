@@ -390,6 +390,7 @@ def test_the_previous_best_checkpoint_goes_when_the_new_one_is_there(tiny_cfg, m
     assert read_checkpoint(work_dir / 'iter_8.pth')['message_hub']['runtime_info']['best_score'] == 60.0
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full_for_a_while(training, whole, tmp_path):
     """A small file system of its own, which the test fills to the last byte after a checkpoint and empties again."""
     folder = tmp_path / 'disk'
@@ -493,6 +494,7 @@ def test_a_bad_test_image_is_one_line(trained, spoilt_root, tool):
     assert_user_error(process, f'{path}: ', 'truncated')
 
 
+@pytest.mark.slow
 def test_a_bad_image_met_by_a_worker_costs_no_iteration(tiny_cfg, spoilt_root, mini_root, tmp_path):
     """The run goes on from where it was when the image is mended, to the same weights."""
     tiny_cfg.train_dataloader.num_workers = 1
@@ -530,6 +532,7 @@ def test_a_folder_of_bad_images_alone_ends_the_run(tiny_cfg, spoilt_root):
         train(tiny_cfg, TrainOptions(seed=5, skip_bad_images=True))
 
 
+@pytest.mark.slow
 def test_a_bad_label_is_not_skipped(tiny_cfg, spoilt_root):
     set_data_root(tiny_cfg, spoilt_root)
     for path in (spoilt_root / 'annotations' / 'training').iterdir():

@@ -69,7 +69,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(
+    'case', [pytest.param(case, marks=[] if case in ('longer', 'rate') else pytest.mark.slow) for case in CASES]
+)
 def test_rates_are_those_of_a_run_that_began_with_the_config(cfg, said, case):
     changes, parts = CASES[case]
     first = rates_of(deepcopy(cfg))
