@@ -52,7 +52,11 @@ def _load(path: Path) -> Config:
 
     mmengine puts a scope into each of those dicts, which is no argument. Our classes are in mmseg's registries anyway.
     """
-    cfg = Config.fromfile(path)
+    return without_scope(Config.fromfile(path))
+
+
+def without_scope(cfg: Config) -> Config:
+    """Remove mmengine's marks of what a config inherits from this package, in place; return the config."""
     for node in dicts_inside(cfg._cfg_dict):
         if node.get('_scope_') == _SCOPE:
             del node['_scope_']

@@ -70,7 +70,7 @@ class ReadImage(BaseTransform):
 
 def takes_arguments_of(loader: dict) -> bool:
     """Return whether :class:`ReadImage` reads as the config of a LoadImageFromFile asks for."""
-    arguments = set(loader) - {'type'}
+    arguments = set(loader) - {'type', '_scope_'}
     return arguments <= {'to_float32', 'ignore_empty', 'backend_args', *_KNOWN} and all(
         loader[name] in _KNOWN[name] for name in arguments & set(_KNOWN)
     )

@@ -98,8 +98,10 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
     if no_truth:
         return None
     figures = _metric(runner, PerClassIoUMetric).figures
-    others = {key: value for key, value in metrics.items() if key not in figures and isinstance(value, Real)}
-    figures = {key: float(value) for key, value in others.items()} | figures
+    of_others = {key: float(value) for key, value in metrics.items() if key not in figures and isinstance(value, Real)}
+    figures = {key: value for key, value in figures.items() if key != 'per_class'} | of_others | {
+        'per_class': figures['per_class']
+    }  # fmt: skip
     if report is not None and is_main_process():
         images = _metric(runner, ConfusionMetric).images
         write_report(report, figures, images, runner.test_dataloader.dataset.metainfo, cfg, checkpoint, report_images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,7 +19,7 @@ from mmseg.models.segmentors import EncoderDecoder
 from PIL import Image
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
-from mmseg_inceptionnext.config_files import read_config, require
+from mmseg_inceptionnext.config_files import read_config, require, without_scope
 from mmseg_inceptionnext.data.pipeline import leaf_datasets, pipeline_for_arrays
 from mmseg_inceptionnext.device import find_device
 from mmseg_inceptionnext.drawing import add_legend, draw_overlay
@@ -233,7 +234,7 @@ def load_trained(
 
     Arguments and errors are those of :class:`Segmentor`.
     """
-    cfg = config if isinstance(config, Config) else read_config(config)
+    cfg = without_scope(copy.deepcopy(config)) if isinstance(config, Config) else read_config(config)
     require(cfg, 'model', 'test_dataloader')
     content = read_checkpoint(checkpoint)
     if classes is None:

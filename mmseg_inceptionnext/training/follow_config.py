@@ -21,6 +21,7 @@ _SECTIONS = ('train_cfg', 'optim_wrapper', 'train_dataloader.batch_size', 'train
 _LEFT_OUT = ('train_cfg.val_interval', 'train_cfg.val_begin', 'train_cfg.dynamic_intervals', 'model.backbone.init_cfg')
 _LONGEST_VALUE = 60  # characters
 _MOST_SHOWN = 8
+_LONGEST_CONFIG = 1_000_000  # characters; a file can hold anything
 
 # Attributes of mmengine's schedulers that count, and those that follow from the optimizer's settings.
 _STATE = ('optimizer', 'base_values', 'last_step', '_global_step', '_last_value', 'verbose')
@@ -62,7 +63,7 @@ def follow_config(wrapper: OptimWrapper, schedulers: list[_ParamScheduler] | Non
         saved: States of the checkpoint's schedulers.
     """
     schedulers = schedulers or []
-    scheduled = {scheduler.param_name for scheduler in schedulers}
+    scheduled = _scheduled(schedulers)
     for group, ours in zip(wrapper.param_groups, config.groups, strict=True):
         group.update({key: value for key, value in ours.items() if key not in scheduled})
     if any(getattr(scheduler, 'need_val_args', False) for scheduler in schedulers):
@@ -76,6 +77,12 @@ def follow_config(wrapper: OptimWrapper, schedulers: list[_ParamScheduler] | Non
     _run_again(wrapper.param_groups, schedulers, config, iteration)
 
 
+def _scheduled(schedulers: list[_ParamScheduler]) -> set[str]:
+    """Return the settings of parameter groups that schedulers change: a momentum is the first of Adam's betas."""
+    names = {scheduler.param_name for scheduler in schedulers}
+    return names | {'betas'} if any(getattr(scheduler, 'use_betas', False) for scheduler in schedulers) else names
+
+
 def _arguments(state: dict) -> dict:
     return {key: value for key, value in state.items() if key not in _STATE}
 
@@ -83,26 +90,24 @@ def _arguments(state: dict) -> dict:
 def _run_again(groups: list[dict], schedulers: list[_ParamScheduler], config: Settings, iteration: int) -> None:
     """Step fresh schedulers to an iteration; once for all parameter groups that start alike, which are hundreds."""
     kinds = [repr(sorted(group.items())) for group in config.groups]
-    first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
-    of_group = [list(dict.fromkeys(kinds)).index(kind) for kind in kinds]
-    few = SimpleNamespace(param_groups=[dict(config.groups[i]) for i in first], _global_step=0, step=None)
+    distinct = list(dict.fromkeys(kinds))
+    first, of_group = [kinds.index(kind) for kind in distinct], [distinct.index(kind) for kind in kinds]
+    optimizers = [scheduler.optimizer for scheduler in schedulers]
+    few = SimpleNamespace(param_groups=[dict(config.groups[i]) for i in first], _global_step=0)
     few.step = SimpleNamespace(_with_counter=True)  # mmengine looks whether the optimizer has stepped
     for scheduler, state in zip(schedulers, config.schedulers, strict=True):
-        optimizer = scheduler.optimizer
         scheduler.__dict__.clear()
         scheduler.__dict__.update(copy.deepcopy(state), optimizer=few)
         scheduler.base_values = [state['base_values'][i] for i in first]
-        scheduler.real_optimizer = optimizer
     for _ in range(iteration):
         for scheduler in schedulers:
             if not scheduler.by_epoch:
                 scheduler.step()
-    for scheduler, state in zip(schedulers, config.schedulers, strict=True):
-        scheduler.optimizer = scheduler.__dict__.pop('real_optimizer')
-        scheduler.base_values = state['base_values']
+    for scheduler, optimizer, state in zip(schedulers, optimizers, config.schedulers, strict=True):
+        scheduler.optimizer, scheduler.base_values = optimizer, state['base_values']
         scheduler._last_value = [scheduler._last_value[i] for i in of_group]
-        for group, i in zip(groups, of_group, strict=True):
-            group[scheduler.param_name] = few.param_groups[i][scheduler.param_name]
+    for group, i in zip(groups, of_group, strict=True):
+        group.update({name: few.param_groups[i][name] for name in _scheduled(schedulers)})
 
 
 def differences(cfg: Config, checkpoint: dict) -> str:
@@ -170,7 +175,7 @@ def _saved_config(checkpoint: dict) -> dict | None:
     """
     text = checkpoint['meta'].get('cfg')
     try:
-        tree = ast.parse(text) if isinstance(text, str) else None
+        tree = ast.parse(text) if isinstance(text, str) and len(text) <= _LONGEST_CONFIG else None
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         tree = None
     if tree is None:

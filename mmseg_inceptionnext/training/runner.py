@@ -207,9 +207,8 @@ class FaultTolerantMixin:
             super().resume(filename, *args, **kwargs)
             saved = read_checkpoint(filename, mmap=True)
             if settings is not None:
-                follow_config(
-                    self.optim_wrapper, self.param_schedulers, settings, self.iter, saved.get('param_schedulers', [])
-                )
+                states = saved.get('param_schedulers', [])
+                follow_config(self.optim_wrapper, self.param_schedulers, settings, self.iter, states)
         except UserError:
             raise
         except Exception as error:  # what is in a file can be anything

@@ -129,3 +129,18 @@ def test_a_config_in_a_checkpoint_is_not_run(cfg, said, tmp_path):
     torch.save(checkpoint, path)
     rates_of(deepcopy(cfg), resume=str(path))
     assert not bad.exists() and any('train_cfg.max_iters=7' in line for line in said)
+
+
+def test_a_momentum_that_is_scheduled_goes_on_exactly(cfg):
+    """With Adam it is the first of the betas, which the checkpoint brings, and which the config's would replace."""
+    cfg.param_scheduler = [
+        dict(type='LinearMomentum', start_factor=0.5, by_epoch=False, begin=0, end=6),
+        dict(type='PolyLR', eta_min=0.0, by_epoch=False, begin=0, end=6),
+    ]
+    betas = []
+    for options in ({}, dict(resume=str(Path(cfg.work_dir) / 'iter_3.pth'))):
+        for lr in (0.01, 0.02) if options else (0.01,):
+            runner = train(changed(cfg, optim_wrapper__optimizer__lr=lr), TrainOptions(seed=0, **options))
+            group = runner.optim_wrapper.param_groups[0]
+            betas.append((group['betas'], group['momentum']))
+    assert len(set(betas)) == 1 and betas[0][0][0] > 0.8
