@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from mmseg.datasets import ADE20KDataset
 from torch import Tensor
 
+from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.errors import UserError
 
 IGNORE_INDEX = 255  # ignore_index: pixels without a class, never in files
@@ -99,6 +101,28 @@ def classes_of_meta(meta: Mapping) -> Classes:
     if not names or not len(names) == len(palette) == len(codes):
         raise ValueError(f'{len(names)} classes, {len(palette)} colours, {len(codes)} codes')
     return Classes(names, palette, codes)
+
+
+def check_same_classes(checkpoint: dict, path: str | Path, names: Sequence[str]) -> None:
+    """Check that a data set has the classes that a checkpoint was trained on; other names are a warning.
+
+    Args:
+        checkpoint: Content of the checkpoint; without names of classes, there is nothing to compare.
+        path: Path of the checkpoint, for messages.
+        names: Names of the data set's classes.
+
+    Raises:
+        UserError: They are the same in another order, so that every class would be taken for another.
+    """
+    theirs = [str(name).strip() for name in _dataset_meta(checkpoint).get('classes') or ()]
+    ours = [name.strip() for name in names]
+    if len(theirs) != len(ours) or theirs == ours:
+        return
+    index = next(i for i, (there, here) in enumerate(zip(theirs, ours, strict=True)) if there != here)
+    text = f'{path} was trained on other classes than the data set has: {theirs[index]!r} is {ours[index]!r} here'
+    if sorted(theirs) == sorted(ours):
+        raise UserError(f'{text}, and all are in another order: give them in the order of the config of that run')
+    say(f'{text}. The figures compare classes by their order', logging.WARNING)
 
 
 def codes_of_meta(meta: Mapping, num_classes: int) -> tuple[Code, ...]:

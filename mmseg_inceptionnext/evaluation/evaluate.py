@@ -24,6 +24,7 @@ from mmseg_inceptionnext.evaluation.metrics import ConfusionMetric, PerClassIoUM
 from mmseg_inceptionnext.evaluation.report import write_report
 from mmseg_inceptionnext.inference.multi_scale_segmentor import MultiScaleSegmentor
 from mmseg_inceptionnext.inference.optimize import optimize_for_inference
+from mmseg_inceptionnext.labels import check_same_classes
 from mmseg_inceptionnext.models.weights import load_segmentor
 from mmseg_inceptionnext.training.runner import SafeRunner
 
@@ -88,6 +89,7 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
     cfg.update(resume=False, load_from=None)  # the config may be one that a resumed run has written
     runner = SafeRunner.from_cfg(cfg)
     load_segmentor(runner.model, content, checkpoint)
+    check_same_classes(content, checkpoint, runner.test_dataloader.dataset.metainfo['classes'])
     if is_model_wrapper(runner.model):
         runner.model.module = _prepared(runner.model.module, fast, tta)
     else:

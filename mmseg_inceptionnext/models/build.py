@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.config_files import heads
-from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.errors import UserError, one_line
 from mmseg_inceptionnext.models.padding_preprocessor import PaddingPreprocessor
 from mmseg_inceptionnext.models.weights import load_segmentor
 
@@ -35,10 +36,19 @@ def build_segmentor(cfg: Config, checkpoint: str | Path | None = None) -> BaseMo
             weights; the model's ``init_weights()`` loads ImageNet's into the backbone.
 
     Raises:
-        UserError: Neck or heads do not fit the backbone; or the checkpoint cannot be read or does not fit.
+        UserError: A part does not take its arguments; neck or heads do not fit the backbone; or the checkpoint cannot
+            be read or does not fit.
     """
     init_default_scope(cfg.get('default_scope', 'mmseg'))
-    model = MODELS.build(cfg.model)
+    try:
+        model = MODELS.build(cfg.model)
+    except (AssertionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]  # of the class that does not take its arguments
+        raise UserError(
+            f'the model of the config cannot be built; {Path(frame.filename).name}: {one_line(error) or frame.line}'
+        ) from error
     _check_channels(cfg.model, getattr(model, 'backbone', None))
     if type(model.data_preprocessor) is SegDataPreProcessor:
         model.data_preprocessor.__class__ = PaddingPreprocessor

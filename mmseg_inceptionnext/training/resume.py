@@ -27,6 +27,7 @@ class ResumePoint:
         path: Path of the checkpoint.
         iteration, seed: Iteration and seed of the run that saved it.
         max_iters: Iterations that that run was to have; None if it does not say.
+        is_averaged: Whether that run has put moving averages in the place of the trained weights, and those aside.
         warnings: Which newer checkpoints cannot be used, and why.
     """
 
@@ -34,6 +35,7 @@ class ResumePoint:
     iteration: int
     seed: int | None
     max_iters: int | None
+    is_averaged: bool
     warnings: list[str]
 
 
@@ -64,7 +66,8 @@ def find_resume_point(cfg: Config, checkpoint: str | Path | None = None) -> Resu
             warnings.append(f'resuming from {path}: {lost} iterations are lost')
         info = content['message_hub'].get('runtime_info')
         last = info.get('max_iters') if isinstance(info, dict) else None
-        return ResumePoint(path, meta['iter'], meta.get('seed'), last if isinstance(last, int) else None, warnings)
+        last = last if isinstance(last, int) else None
+        return ResumePoint(path, meta['iter'], meta.get('seed'), last, 'ema_state_dict' in content, warnings)
     if checkpoint and (
         others := [path for path in _newest_first(Path(checkpoint).parent, []) if path != candidates[0]]
     ):

@@ -31,6 +31,7 @@ from mmseg_inceptionnext.data.pipeline import read_images_safely
 from mmseg_inceptionnext.distributed import any_rank
 from mmseg_inceptionnext.errors import BadSample, MissingPackage, UserError, first_sentence, one_line
 from mmseg_inceptionnext.files import DISK_FULL_ERRNOS, atomic_write
+from mmseg_inceptionnext.labels import check_same_classes
 from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.models.weights import load_for_finetuning
 from mmseg_inceptionnext.training.follow_config import differences, follow_config, settings_of
@@ -125,7 +126,7 @@ class FaultTolerantMixin:
             # All weights come from the checkpoint: pretrained ones need not be fetched only to be overwritten.
             (self.model.module if is_model_wrapper(self.model) else self.model).backbone.init_cfg = None
         try:
-            with self.stop_signal, self.noticing_dead_ranks():
+            with self.stop_signal, self.noticing_dead_ranks(), self.closing_progress():
                 return super().train()
         except BadSample as error:
             # Data are fetched between iterations, by all ranks together: the weights are those of a complete iteration.
@@ -148,7 +149,7 @@ class FaultTolerantMixin:
         Raises:
             UserError: A data-loading worker, whose file is named, or another rank has died.
         """
-        with self.naming_files_of_dead_workers(), self.noticing_dead_ranks():
+        with self.naming_files_of_dead_workers(), self.noticing_dead_ranks(), self.closing_progress():
             return super().test()
 
     def stop_if_asked(self, iteration: int) -> None:
@@ -206,6 +207,7 @@ class FaultTolerantMixin:
         try:
             super().resume(filename, *args, **kwargs)
             saved = read_checkpoint(filename, mmap=True)
+            check_same_classes(saved, filename, self.train_dataloader.dataset.metainfo['classes'])
             if settings is not None:
                 states = saved.get('param_schedulers', [])
                 follow_config(self.optim_wrapper, self.param_schedulers, settings, self.iter, states)
@@ -301,6 +303,16 @@ class FaultTolerantMixin:
                 if error.errno not in DISK_FULL_ERRNOS or 'test' in fn_name:
                     raise
                 self.logger.error(f'{type(hook).__name__} cannot write: {error.strerror}')
+
+    @contextmanager
+    def closing_progress(self) -> Iterator[None]:
+        """Stop the progress bar on every way out: it has hidden the terminal's cursor."""
+        try:
+            yield
+        finally:
+            for hook in self.hooks:
+                if isinstance(hook, ProgressHook):
+                    hook.stop_bar()
 
     @contextmanager
     def noticing_dead_ranks(self) -> Iterator[None]:

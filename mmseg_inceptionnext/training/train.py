@@ -25,6 +25,7 @@ from mmseg_inceptionnext.distributed import init_process_group, rank
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.models.weights import check_fits, load_for_finetuning
+from mmseg_inceptionnext.training.agreement import check_agreement
 from mmseg_inceptionnext.training.batch import effective_batch, split_recipe_batch
 from mmseg_inceptionnext.training.dry_run import Plan, dry_run
 from mmseg_inceptionnext.training.fsdp import check_fsdp
@@ -90,10 +91,7 @@ def check(cfg: Config, options: TrainOptions) -> None:
             raise UserError(f'{name}={value} must be a positive whole number')
     if options.epochs and options.iters:
         raise UserError(f'epochs={options.epochs} and iters={options.iters} both say how long to train: drop one')
-    for section, key in (('train_dataloader', 'batch_size'), ('train_cfg', 'max_iters'), ('train_cfg', 'val_interval')):
-        value = cfg[section].get(key)
-        if value is not None and not (isinstance(value, int) and value > 0):
-            raise UserError(f'{section}.{key}={value!r} must be a positive whole number')
+    check_agreement(cfg)
     if not options.resume and not options.overwrite and (there := _checkpoints(cfg.work_dir)):
         raise UserError(
             f'{cfg.work_dir} has checkpoints of another run, such as {there[0].name}: pass resume=True to go on with '
@@ -170,7 +168,19 @@ def apply(cfg: Config, options: TrainOptions) -> ResumePoint | None:
     if point is None:
         return None
     # mmengine restores the seed only after it has built the sampler with another one.
-    cfg.randomness = {'seed': point.seed, **cfg.get('randomness', {})}
+    asked = cfg.get('randomness', {}).get('seed')
+    if None not in (asked, point.seed) and asked != point.seed:
+        say(
+            f'seed {point.seed} of the checkpoint holds, not {asked}: a resumed run goes on with its seed',
+            logging.WARNING,
+        )
+    cfg.randomness = {**cfg.get('randomness', {}), 'seed': point.seed if point.seed is not None else asked}
+    if point.is_averaged and not any('EMAHook' in str(hook['type']) for hook in cfg.custom_hooks):
+        say(
+            f'{point.path} holds the averaged weights of a run with ema=True, from which this one goes on without '
+            'averaging: pass `--ema` to go on as it was',
+            logging.WARNING,
+        )
     return point
 
 

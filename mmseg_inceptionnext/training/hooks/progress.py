@@ -38,6 +38,7 @@ class ProgressHook(Hook):
 
     def __init__(self, interval: int = 50):
         self.interval = interval
+        self._bar: Progress | None = None
         self._console = Console(stderr=True)
 
     def before_train(self, runner) -> None:
@@ -82,7 +83,7 @@ class ProgressHook(Hook):
         self._started = time.perf_counter()
 
     def after_train(self, runner) -> None:
-        self._stop_bar()
+        self.stop_bar()
 
     def before_test(self, runner) -> None:
         self._start_bar(len(runner.test_dataloader), 0)
@@ -92,7 +93,7 @@ class ProgressHook(Hook):
             self._bar.update(self._task, completed=batch_idx + 1)
 
     def after_test_epoch(self, runner, metrics: dict | None = None) -> None:
-        self._stop_bar()
+        self.stop_bar()
         self._show_classes(runner.test_evaluator)
 
     def _show_classes(self, evaluator) -> None:
@@ -110,7 +111,8 @@ class ProgressHook(Hook):
             self._task = self._bar.add_task('', total=total, completed=done, loss='', lr='', speed='', eta='')
             self._bar.start()
 
-    def _stop_bar(self) -> None:
+    def stop_bar(self) -> None:
+        """Give the terminal back; nothing to do without a bar."""
         if self._bar:
             self._bar.stop()
             self._bar = None
