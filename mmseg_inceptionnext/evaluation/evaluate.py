@@ -99,12 +99,13 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
     metrics = runner.test()
     if no_truth:
         return None
-    figures = _metric(runner, PerClassIoUMetric).figures
-    of_others = {key: float(value) for key, value in metrics.items() if key not in figures and isinstance(value, Real)}
-    figures = {key: value for key, value in figures.items() if key != 'per_class'} | of_others | {
-        'per_class': figures['per_class']
-    }  # fmt: skip
-    if report is not None and is_main_process():
+    if not is_main_process():
+        return {}
+    figures = dict(_metric(runner, PerClassIoUMetric).figures)
+    per_class = figures.pop('per_class')
+    figures |= {key: float(value) for key, value in metrics.items() if key not in figures and isinstance(value, Real)}
+    figures['per_class'] = per_class
+    if report is not None:
         images = _metric(runner, ConfusionMetric).images
         write_report(report, figures, images, runner.test_dataloader.dataset.metainfo, cfg, checkpoint, report_images)
     return figures
