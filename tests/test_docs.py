@@ -12,6 +12,8 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -366,6 +368,17 @@ def stand_in(word: str) -> str:
     return f'configs/{word}.py' if word in CONFIGS else word
 
 
+@contextmanager
+def without_checkpoints(folder: Path, hidden: bool) -> Iterator[None]:
+    """Put checkpoints aside for a moment: a new user has none where a training begins."""
+    aside = {path: path.read_bytes() for path in folder.rglob('*.pth')} if hidden else {}
+    for path in aside:
+        path.unlink()
+    yield
+    for path, content in aside.items():
+        path.write_bytes(content)
+
+
 def to_run(page: Path) -> list[Command | Block]:
     """In the order of the page."""
     found = [c for c in commands() if c.is_python and not c.mark and c.text not in ELSEWHERE] + blocks('python')
@@ -386,7 +399,9 @@ def test_what_a_page_tells_to_run_runs(page, sandbox, run_here, monkeypatch):
         monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(fed)))
         # bash takes the quotes off and puts in what patterns match.
         words = subprocess.check_output(['bash', '-c', f'printf "%s\\0" {command}'], cwd=sandbox, text=True)
-        process = run_here(*map(stand_in, words.rstrip('\0').split('\0')[1:]))  # without `python`
+        words = list(map(stand_in, words.rstrip('\0').split('\0')[1:]))  # without `python`
+        with without_checkpoints(sandbox / 'work_dirs', 'train' in command and '--resume' not in words):
+            process = run_here(*words)
         assert process.returncode == 0, f'{item}\n{process.stdout[-1000:]}\n{process.stderr[-3000:]}'
 
 

@@ -50,6 +50,8 @@ def train(cfg: Config, options: TrainOptions = TrainOptions()) -> FaultTolerantM
         UserError: The data set, the weights or the checkpoint cannot be read or do not fit; or the loss is not finite.
     """
     options = resume_if_restarted(cfg, options)
+    if text := _occupied(cfg, options):
+        raise UserError(text)
     runner = make_runner(cfg, _prepare(cfg, options))
     runner.train()
     return runner
@@ -57,6 +59,8 @@ def train(cfg: Config, options: TrainOptions = TrainOptions()) -> FaultTolerantM
 
 def plan(cfg: Config, options: TrainOptions = TrainOptions()) -> Plan:
     """Return what :func:`train` would do with the same arguments, and its cost; keep nothing."""
+    if text := _occupied(cfg, options):
+        say(text, logging.WARNING)
     point = _prepare(cfg, options)
     return dry_run(cfg, lambda changed: make_runner(changed, point))
 
@@ -92,11 +96,6 @@ def check(cfg: Config, options: TrainOptions) -> None:
     if options.epochs and options.iters:
         raise UserError(f'epochs={options.epochs} and iters={options.iters} both say how long to train: drop one')
     check_agreement(cfg)
-    if not options.resume and not options.overwrite and (there := _checkpoints(cfg.work_dir)):
-        raise UserError(
-            f'{cfg.work_dir} has checkpoints of another run, such as {there[0].name}: pass resume=True to go on with '
-            'it, overwrite=True to replace them, or choose another work_dir=DIR'
-        )
     check_backends(cfg.get('visualizer'))
     check_data(cfg, 'train', 'val')
     if options.amp:
@@ -105,6 +104,17 @@ def check(cfg: Config, options: TrainOptions) -> None:
         check_fsdp(cfg)
     if options.auto_batch:
         split_recipe_batch(cfg)
+
+
+def _occupied(cfg: Config, options: TrainOptions) -> str:
+    """Say that the work dir has checkpoints of another run which this one would replace unasked; '' if it has none."""
+    there = [] if options.resume or options.overwrite else _checkpoints(cfg.work_dir)
+    if not there:
+        return ''
+    return (
+        f'{cfg.work_dir} has checkpoints of another run, such as {there[0].name}: pass resume=True to go on with it, '
+        'overwrite=True to replace them, or choose another work_dir=DIR'
+    )
 
 
 def _checkpoints(work_dir: str | Path) -> list[Path]:

@@ -372,11 +372,11 @@ def test_a_killed_process_is_one_line_that_names_the_files(root, cfg, monkeypatc
     assert str(image(root)) in str(caught.value) and '\n' not in str(caught.value)
 
 
-def test_the_tool_lists_what_is_wrong(tool, root, tmp_path):
+def test_the_tool_lists_what_is_wrong(tool_here, root, tmp_path):
     image(root).write_bytes(b'')
     annotation(root, NAMES[2]).unlink()
     options = ['--json', 'new/found.json', '--cfg-options', 'model.decode_head.num_classes=21']
-    process = tool('check_dataset', TINY_CONFIG, '--data-root', root, *options)
+    process = tool_here('check_dataset', TINY_CONFIG, '--data-root', root, *options)
     assert process.returncode == 1
     assert process.stdout.splitlines() == [
         f'{image(root, NAMES[2])}: has no annotation: expected {annotation(root, NAMES[2])}',
@@ -391,8 +391,8 @@ def test_the_tool_lists_what_is_wrong(tool, root, tmp_path):
     assert found['splits']['train']['wrong'][1] == dict(file=str(image(root)), reason='is empty')
 
 
-def test_the_tool_on_a_sound_data_set(tool, root, cfg, tmp_path):
-    process = tool('check_dataset', TINY_CONFIG, '--data-root', root, '--json', 'found.json')
+def test_the_tool_on_a_sound_data_set(tool_here, root, cfg, tmp_path):
+    process = tool_here('check_dataset', TINY_CONFIG, '--data-root', root, '--json', 'found.json')
     found = inspect_data(cfg)
     assert process.returncode == 0 and process.stderr == '' and process.stdout == inspection_text(found) + '\n'
     assert json.loads((tmp_path / 'found.json').read_text()) == json.loads(json.dumps(dataclasses.asdict(found)))

@@ -150,7 +150,7 @@ def test_labels_of_a_fixed_size(fixed, checkpoints, paths):
 
 
 @needs_onnx_exporter
-def test_predict_with_a_file_of_labels(checkpoints, paths, tool, tmp_path):
+def test_predict_with_a_file_of_labels(checkpoints, paths, tool_here, tmp_path):
     command = (
         TINY_CONFIG,
         checkpoints['fpn'],
@@ -163,10 +163,10 @@ def test_predict_with_a_file_of_labels(checkpoints, paths, tool, tmp_path):
         '--verify',
         1,
     )
-    process = tool('export', *command, '--images', *paths)
+    process = tool_here('export', *command, '--images', *paths)
     assert process.returncode == 0, process.stderr[-3000:]
     assert process.stderr == '' and process.stdout.startswith('m/labels.onnx: ') and 'On 3 images' in process.stdout
-    process = tool('predict', 'm/labels.onnx', *paths, '--out', 'out', '--labels')
+    process = tool_here('predict', 'm/labels.onnx', *paths, '--out', 'out', '--labels')
     assert process.returncode == 0, process.stderr[-3000:]
     segmentor = Segmentor(TINY_CONFIG, checkpoints['fpn'], device='cpu')
     for path in paths:

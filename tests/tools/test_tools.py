@@ -116,8 +116,8 @@ def test_dry_run(tool_here, mini_root, tmp_path):
     assert list((tmp_path / 'w').iterdir()) == []
 
 
-def test_resume_goes_on_in_the_same_work_dir(work_dir, tool, mini_root):
-    process = tool('train', TINY_CONFIG, '--work-dir', work_dir, '--data-root', mini_root, '--resume')
+def test_resume_goes_on_in_the_same_work_dir(work_dir, tool_here, mini_root):
+    process = tool_here('train', TINY_CONFIG, '--work-dir', work_dir, '--data-root', mini_root, '--resume')
     assert process.returncode == 0, process.stderr[-3000:]
     assert 'Iter(train) [4/6]' in process.stdout and 'Iter(train) [3/6]' not in process.stdout
 
@@ -201,8 +201,8 @@ def test_a_bug_keeps_its_traceback(tool_here, mini_root):
         tool_here('train', TINY_CONFIG, *data, '--cfg-options', 'default_hooks.bug.type=BuggyHook')
 
 
-def test_make_mini_ade20k(tool, tmp_path):
-    process = tool('make_mini_ade20k', '--out', 'data/mini', '--train', 2, '--val', 1, '--size', 64, '--seed', 1)
+def test_make_mini_ade20k(tool_here, tmp_path):
+    process = tool_here('make_mini_ade20k', '--out', 'data/mini', '--train', 2, '--val', 1, '--size', 64, '--seed', 1)
     assert process.returncode == 0, process.stderr
     assert process.stdout == '2 training and 1 validation pairs in data/mini\n'
     assert len(list((tmp_path / 'data' / 'mini').rglob('*.jpg'))) == 3
@@ -216,9 +216,9 @@ def test_help_is_clean_and_says_how_to_call_it(tool_here, name):
     assert process.stdout.startswith('usage: python ') and (f'python {script} ' in process.stdout or name == 'doctor')
 
 
-def test_get_flops(tool, tmp_path):
+def test_get_flops(tool_here, tmp_path):
     configs = [ROOT / 'configs' / 'fpn' / 'inceptionnext_t.py', TINY_CONFIG]
-    process = tool('get_flops', *configs, 'nowhere.py', '--paper', '--json', 'x/flops.json')
+    process = tool_here('get_flops', *configs, 'nowhere.py', '--paper', '--json', 'x/flops.json')
     assert_user_error(process, 'nowhere.py: no config at')  # which does not stop the others
     rows = json.loads((tmp_path / 'x' / 'flops.json').read_text())
     assert [row['config'] for row in rows] == list(map(str, configs))

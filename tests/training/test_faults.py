@@ -486,9 +486,9 @@ def test_of_image_and_annotation_the_damaged_one_is_named(tiny_cfg, spoilt_root)
     assert '.jpg' not in str(caught.value)
 
 
-def test_a_bad_test_image_is_one_line(trained, spoilt_root, tool):
+def test_a_bad_test_image_is_one_line(trained, spoilt_root, tool_here):
     path = spoil(spoilt_root, 2, split='validation')
-    process = tool(
+    process = tool_here(
         'test', TINY_CONFIG, trained, '--data-root', spoilt_root, '--cfg-options', 'test_dataloader.num_workers=1'
     )
     assert_user_error(process, f'{path}: ', 'truncated')
@@ -508,6 +508,7 @@ def test_a_bad_image_met_by_a_worker_costs_no_iteration(tiny_cfg, spoilt_root, m
     assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
 
 
+@pytest.mark.slow
 def test_bad_images_are_skipped_counted_and_the_run_stays_reproducible(tiny_cfg, spoilt_root, tmp_path):
     set_data_root(tiny_cfg, spoilt_root)
     bad = [spoil(spoilt_root, 2, 'text'), spoil(spoilt_root, 3)]

@@ -107,6 +107,7 @@ def test_the_dry_run_shows_what_will_be(cfg):
     assert 'learning rate    0.05; LinearLR 0–2, PolyLR 2–12' in text and '12, 3 of them done' in text
 
 
+@pytest.mark.slow
 def test_iters_stretches_all_of_the_schedule(cfg):
     rates_of(deepcopy(cfg))
     expected = rates_of(changed(cfg, work_dir=f'{cfg.work_dir}_whole'), iters=12)

@@ -213,14 +213,15 @@ def test_a_killed_process_stops_the_others_and_the_run_goes_on_with_resume_or_by
     assert two('train', TINY_CONFIG, '--work-dir', 'hurt', '--resume', *TWELVE).returncode == 0
     assert_same_weights(tmp_path / 'hurt', tmp_path / 'whole')
 
-    # In a work dir that has checkpoints of another run, and a newer one.
+    # In a work dir that has checkpoints of another run, which go when this one begins, not when it restarts.
     shutil.copytree(tmp_path / 'whole', tmp_path / 'elastic')
     (tmp_path / 'elastic' / 'iter_9.pth').unlink()
 
     def kill_again(launcher):
         kill_one(launcher, tmp_path / 'elastic' / 'iter_9.pth')
 
-    process = two('train', TINY_CONFIG, '--work-dir', 'elastic', *TWELVE, restarts=1, meanwhile=kill_again)
+    options = ('--work-dir', 'elastic', '--overwrite', *TWELVE)
+    process = two('train', TINY_CONFIG, *options, restarts=1, meanwhile=kill_again)
     assert process.returncode == 0, process.stderr[-3000:]
     assert 'iter_9.pth, iteration 9' in process.stdout
     assert_same_weights(tmp_path / 'elastic', tmp_path / 'whole')
