@@ -250,7 +250,7 @@ class WinogradConv3x3(nn.Module):
 
     def _block(self, x: Tensor, y: int, z: int) -> Tensor:
         (top, bottom, rows_in, rows_out), (left, right, columns_in, columns_out) = (
-            _tiles(start, size, x.dtype) for start, size in zip((y, z), x.shape[1:3], strict=True)
+            _tiles(start, size, x) for start, size in zip((y, z), x.shape[1:3], strict=True)
         )
         x = x[:, top:bottom, left:right]
         n, _, width, c = x.shape
@@ -261,7 +261,7 @@ class WinogradConv3x3(nn.Module):
         return (rows_out @ x.flatten(2)).unflatten(2, x.shape[2:])
 
 
-def _tiles(start: int, size: int, dtype: torch.dtype) -> tuple[int, int, Tensor, Tensor]:
+def _tiles(start: int, size: int, like: Tensor) -> tuple[int, int, Tensor, Tensor]:
     """Return where the inputs of a block along an axis begin and end, and the matrices for all its tiles."""
     outputs = min(_BLOCK, size - start)
     tiles = -(-outputs // 4)
@@ -270,7 +270,8 @@ def _tiles(start: int, size: int, dtype: torch.dtype) -> tuple[int, int, Tensor,
     index = torch.arange(first, last) - (start - 1) - 4 * torch.arange(tiles)[:, None]
     inputs = torch.where((index >= 0) & (index < 6), _INPUT[:, index.clamp(0, 5)], 0.0).flatten(0, 1)
     output = torch.einsum('ai,ts->tais', _OUTPUT, torch.eye(tiles, dtype=torch.double)).flatten(2).flatten(0, 1)
-    return first, last, inputs.to(dtype), output[:outputs].to(dtype)
+    inputs, output = (matrix.to(like.device, like.dtype) for matrix in (inputs, output[:outputs]))
+    return first, last, inputs, output
 
 
 class Bottleneck(nn.Module):
@@ -300,8 +301,8 @@ class Bottleneck(nn.Module):
         for x, weight in zip(maps[1:], self.taps, strict=True):
             h, w = x.shape[1:3]
             taps = (x @ weight).unflatten(3, (3, 3 * o)).transpose(2, 3)  # (N, h, i, w, j·O)
-            r, c = (
-                shifted_interpolation(old, new, self.align_corners).permute(1, 2, 0).to(x.dtype)  # (H, h, i), (W, w, j)
+            r, c = (  # (H, h, i) and (W, w, j)
+                shifted_interpolation(old, new, self.align_corners).permute(1, 2, 0).to(x.device, x.dtype)
                 for old, new in ((h, height), (w, width))
             )
             rows = r.flatten(1) @ taps.flatten(1, 2).flatten(2)  # (N, H, w·j·O)
@@ -316,7 +317,7 @@ def average_pool(x: Tensor, scale: int) -> Tensor:
     mean is the mean over rows of the means over columns: a matrix along each axis, with 1 / (length of the bin) inside
     the bin. Bins are computed in integers: no rounding moves them, whatever the size.
     """
-    rows, columns = (_pooling_matrix(size, scale).to(x.dtype) for size in x.shape[1:3])
+    rows, columns = (_pooling_matrix(size, scale).to(x.device, x.dtype) for size in x.shape[1:3])
     return columns @ (rows @ x.flatten(2)).unflatten(2, x.shape[2:])
 
 
@@ -331,7 +332,7 @@ def _pooling_matrix(size: int, scale: int) -> Tensor:
 def up_sample(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     """Up-sample (N, h, w, C) to (N, H, W, C) bilinearly, by a matrix along each axis."""
     rows, columns = (
-        shifted_interpolation(old, new, align_corners)[1].to(x.dtype)
+        shifted_interpolation(old, new, align_corners)[1].to(x.device, x.dtype)
         for old, new in zip(x.shape[1:3], size, strict=True)
     )
     return columns @ (rows @ x.flatten(2)).unflatten(2, x.shape[2:])

@@ -23,7 +23,8 @@ def check_agreement(cfg: Config) -> None:
         for key, least in (('num_workers', 0), ('batch_size', 1)):
             value = loader.get(key, least)
             if not isinstance(value, int) or value < least:
-                raise UserError(f'{split}_dataloader.{key}={value!r} must be a whole number from {least} on')
+                kind = 'a positive whole number' if least else 'a whole number from 0 on'
+                raise UserError(f'{split}_dataloader.{key}={value!r} must be {kind}')
     for key in ('max_iters', 'val_interval'):
         value = cfg.train_cfg.get(key)
         if value is not None and not (isinstance(value, int) and value > 0):
@@ -53,8 +54,10 @@ def _computed(cfg: Config) -> list[str]:
         if metric.get('type') not in ('IoUMetric', 'PerClassIoUMetric'):
             return []
         asked = metric.get('iou_metrics', 'mIoU')
-        groups = [_FIGURES.get(key, ()) for key in ([asked] if isinstance(asked, str) else asked)]
-        found = ['aAcc', *(name for group in groups for name in group)]
+        asked = [asked] if isinstance(asked, str) else asked
+        if set(asked) - set(_FIGURES):
+            return []  # the metric says so
+        found = ['aAcc', *(name for key in asked for name in _FIGURES[key])]
         prefix = f'{metric["prefix"]}/' if metric.get('prefix') else ''
         names += [f'{prefix}{name}' for name in dict.fromkeys(found)]
     return names

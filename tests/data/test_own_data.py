@@ -158,7 +158,7 @@ def as_stored(path, form: Form) -> np.ndarray:
 
 
 SLOW = (
-    'palette', 'one channel', 'suffixes', 'ignored class', 'ultralytics', 'template', 'held out', 'four channels',
+    'ignored id',    'palette', 'one channel', 'suffixes', 'ignored class', 'ultralytics', 'template', 'held out', 'four channels',
 )  # much like others  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def test_measures_and_survives_a_config_that_does_not_build(tmp_path):
     'setting',
     [
         Setting('train', shape=(64, 64), precision='bf16', repeat=1),
-        Setting('backbone', shape=(64, 64), batch_size=2, repeat=1),
+        pytest.param(Setting('backbone', shape=(64, 64), batch_size=2, repeat=1), marks=pytest.mark.slow),
         Setting(shape=(64, 96), fast=True, repeat=1),
         pytest.param(Setting(shape=(64, 64), fast=True, compile=True, repeat=1), marks=pytest.mark.slow),
         pytest.param(Setting(shape=(64, 64), compile=True, layout='channels_last', repeat=1), marks=pytest.mark.slow),

@@ -28,7 +28,7 @@ STOP = dict(type='EarlyStoppingHook', monitor='mFscore')
         ({'val_evaluator.prefix': 'val'}, "save_best='mIoU', but val_evaluator computes val/aAcc, val/mIoU"),
         ({'val_evaluator': None}, 'val_evaluator of the config is None, but .* is not: a validation needs all three'),
         ({'train_dataloader.num_workers': -1}, 'train_dataloader.num_workers=-1 must be a whole number from 0 on'),
-        ({'val_dataloader.batch_size': 0}, 'val_dataloader.batch_size=0 must be a whole number from 1 on'),
+        ({'val_dataloader.batch_size': 0}, 'val_dataloader.batch_size=0 must be a positive whole number'),
     ],
     ids=str,
 )
