@@ -157,9 +157,11 @@ def as_stored(path, form: Form) -> np.ndarray:
         return np.asarray(image.convert('RGB') if any(np.ndim(code) for code in form.truth) else image)
 
 
+# Much like others.
 SLOW = (
-    'ignored id',    'palette', 'one channel', 'suffixes', 'ignored class', 'ultralytics', 'template', 'held out', 'four channels',
-)  # much like others  # fmt: skip
+    'ignored id', 'palette', 'one channel', 'suffixes', 'ignored class', 'ultralytics', 'template', 'held out',
+    'four channels',
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
