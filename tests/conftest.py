@@ -1,6 +1,7 @@
 import logging
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,8 @@ def run_here(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, 'argv', arguments[is_module:])
         # Two runs in the same second share mmengine's logger, whose stream may be that of a test before.
         monkeypatch.setattr(logging, 'raiseExceptions', False)
+        # Tools change these for their process: with the default for SIGPIPE, a later test would end this one.
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
         try:
             if is_module:
                 runpy.run_module(arguments[1], run_name='__main__')
@@ -109,6 +112,9 @@ def run_here(tmp_path, monkeypatch, capsys):
             code = 0
         except SystemExit as end:
             code = end.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         captured = capsys.readouterr()
         return subprocess.CompletedProcess(arguments, code, captured.out, captured.err)
 
