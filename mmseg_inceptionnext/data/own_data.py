@@ -137,12 +137,11 @@ def _set_classes(cfg: Config, data: DataFile) -> Iterator[str]:
             head.pop('out_channels', None)
         head.num_classes = number
         head.pop('ignore_index', None)
+        if ignore_index != IGNORE_INDEX:
+            head.ignore_index = ignore_index
     for metric in dicts_inside([cfg.val_evaluator, cfg.test_evaluator]):
         metric.pop('ignore_index', None)
-    if ignore_index != IGNORE_INDEX:
-        for _, head in heads(cfg.model):
-            head.ignore_index = ignore_index
-        use_one_ignore_index(cfg)
+    use_one_ignore_index(cfg)
     names = ', '.join(cls.name for cls in data.classes[:5]) + (', …' if number > 5 else '')
     ignored = ', '.join(str(list(code) if isinstance(code, tuple) else code) for code in data.ignored)
     yield f'{number} classes ({names}) in every head; ignored in the masks: {ignored or "nothing"}'
@@ -167,7 +166,7 @@ def _set_channels(cfg: Config, channels: int, samples: list[dict]) -> Iterator[s
 
 def _statistics(samples: list[dict], channels: int) -> tuple[float, float] | None:
     """Return mean and standard deviation of the values of some images; None if they have 8 bits."""
-    values = []
+    number = total = squares = 0
     for sample in evenly_spread(samples, _IMAGES_READ):
         try:
             pixels = read_image(sample['img_path'], channels)
@@ -175,10 +174,13 @@ def _statistics(samples: list[dict], channels: int) -> tuple[float, float] | Non
             continue
         if pixels.dtype == np.uint8:
             return None
-        values.append(pixels.ravel())
-    if not values:
+        number += pixels.size
+        total += pixels.sum(dtype=np.float64)
+        squares += np.square(pixels, dtype=np.float64).sum()
+    if not number:
         return None
-    return float(np.mean(np.concatenate(values))), float(max(np.std(np.concatenate(values)), 1e-6))
+    mean = total / number
+    return float(mean), float(max(squares / number - mean**2, 1e-12) ** 0.5)
 
 
 def _usual_size(samples: list[dict]) -> tuple[int, int]:

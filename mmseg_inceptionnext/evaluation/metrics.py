@@ -21,7 +21,8 @@ TITLES = {
     'mIoU': 'mean IoU', 'mAcc': 'mean accuracy', 'mDice': 'mean Dice', 'mFscore': 'mean F-score',
     'mPrecision': 'mean precision', 'mRecall': 'mean recall', 'aAcc': 'pixel accuracy',
 }  # fmt: skip
-_GROUPS = ('mIoU', 'mDice', 'mFscore')  # what mmseg's iou_metrics can ask for
+# What mmseg's IoUMetric computes for each name that iou_metrics can ask for, besides aAcc.
+FIGURES = {'mIoU': ('mIoU', 'mAcc'), 'mDice': ('mDice', 'mAcc'), 'mFscore': ('mFscore', 'mPrecision', 'mRecall')}
 
 
 @METRICS.register_module()
@@ -44,8 +45,8 @@ class PerClassIoUMetric(IoUMetric):
 
     def __init__(self, *args, iou_metrics: Sequence[str] | str = ('mIoU',), **kwargs):
         names = [iou_metrics] if isinstance(iou_metrics, str) else list(iou_metrics)
-        if unknown := [name for name in names if name not in _GROUPS]:
-            raise UserError(f'iou_metrics of the evaluator has {unknown[0]!r}: it can be {", ".join(_GROUPS)}')
+        if unknown := [name for name in names if name not in FIGURES]:
+            raise UserError(f'iou_metrics of the evaluator has {unknown[0]!r}: it can be {", ".join(FIGURES)}')
         super().__init__(*args, iou_metrics=names, **kwargs)
 
     def process(self, data_batch, data_samples: Sequence[dict]) -> None:

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from mmengine.config import Config
 
 from mmseg_inceptionnext.errors import UserError
-
-# What mmseg's IoUMetric computes for each name in iou_metrics, besides aAcc.
-_FIGURES = {'mIoU': ('mIoU', 'mAcc'), 'mDice': ('mDice', 'mAcc'), 'mFscore': ('mFscore', 'mPrecision', 'mRecall')}
+from mmseg_inceptionnext.evaluation.metrics import FIGURES
 
 
 def check_agreement(cfg: Config) -> None:
@@ -33,8 +31,9 @@ def check_agreement(cfg: Config) -> None:
     parts = {key: cfg.get(key) for key in ('val_dataloader', 'val_evaluator', 'val_cfg')}
     lacking = [key for key, value in parts.items() if value is None]
     if lacking and len(lacking) < len(parts):
+        given = [key for key in parts if key not in lacking]
         raise UserError(
-            f'{" and ".join(lacking)} of the config is None, but {" and ".join(set(parts) - set(lacking))} is not: a '
+            f'{" and ".join(lacking)} of the config is None, but {" and ".join(given)} is not: a '
             'validation needs all three, and a run without one has all None'
         )
     computed = _computed(cfg)
@@ -55,9 +54,9 @@ def _computed(cfg: Config) -> list[str]:
             return []
         asked = metric.get('iou_metrics', 'mIoU')
         asked = [asked] if isinstance(asked, str) else asked
-        if set(asked) - set(_FIGURES):
+        if set(asked) - set(FIGURES):
             return []  # the metric says so
-        found = ['aAcc', *(name for key in asked for name in _FIGURES[key])]
+        found = ['aAcc', *(name for key in asked for name in FIGURES[key])]
         prefix = f'{metric["prefix"]}/' if metric.get('prefix') else ''
         names += [f'{prefix}{name}' for name in dict.fromkeys(found)]
     return names
