@@ -19,7 +19,9 @@ import torch
 from mmengine.config import DictAction
 
 from mmseg_inceptionnext.config import user_error_message
-from mmseg_inceptionnext.files import DISK_FULL_ERRNOS, make_folder, remove_empty_folders
+from mmseg_inceptionnext.console import lost_output, protect_screen
+from mmseg_inceptionnext.device import raise_open_file_limit
+from mmseg_inceptionnext.files import make_folder, remove_empty_folders, system_fault
 
 # What `python -m mmseg_inceptionnext` calls those tools that it does not call by the name of their file.
 SHORT_NAMES = {
@@ -169,8 +171,13 @@ def run(main: Callable[[], None]) -> None:
 
     However it fails, folders that it has made and that are still empty are removed.
     """
+    protect_screen()
+    raise_open_file_limit()
     try:
         _run(main)
+        if reason := lost_output():
+            print(f'error: a part of the output is lost ({reason}): free space, and run it again', file=sys.stderr)
+            sys.exit(2)
     except BaseException as end:
         if not (isinstance(end, SystemExit) and end.code in (None, 0)):
             remove_empty_folders()
@@ -189,11 +196,8 @@ def _run(main: Callable[[], None]) -> None:
         print('stopped', file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if message := user_error_message(error):
-            message = name_flags(message, _flags)
-        elif isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
-            message = f'{error.filename or "a file"} cannot be written: {error.strerror}: free space'
-        else:
+        message = name_flags(user_error_message(error), _flags) or system_fault(error)
+        if not message:
             raise
         print(f'error: {message}', file=sys.stderr)
         sys.exit(2)

@@ -58,9 +58,25 @@ def load_config(path: str | Path, work_dir: str | Path | None = None, data_root:
     override(cfg, data_root, cfg_options, data)
     default = cfg.get('work_dir') or Path('work_dirs', path.absolute().parent.name, path.stem)
     cfg.work_dir = str(work_dir or default)
+    _check_names_are_text(cfg)
     if rank(launcher) == 0:  # the others write nothing
         _check_writable(Path(cfg.work_dir))
     return cfg
+
+
+def _check_names_are_text(cfg: Config) -> None:
+    """Check that a config can be saved: names of folders are bytes, and may be no UTF-8.
+
+    Raises:
+        UserError: One is not.
+    """
+    for node in dicts_inside(cfg._cfg_dict):
+        for key, value in node.items():
+            if isinstance(value, str) and (bad := re.search('[\ud800-\udfff]', value)):
+                raise UserError(
+                    f'{key}={value!r} is no UTF-8 at byte {bad.start()}, so the config could not be saved: rename the '
+                    'folder, or make a link to it (ln -s) and name that'
+                )
 
 
 def override(cfg: Config, data_root: str | Path | None = None, cfg_options: dict | None = None,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from mmengine.dist import is_main_process
 from mmengine.logging import MMLogger
@@ -60,8 +65,63 @@ class _ScreenHandler(logging.Handler):
         level = '' if record.levelno <= logging.INFO else f'{record.levelname.lower()}: '
         try:
             print(f'{level}{record.getMessage().rstrip()}', flush=True)  # to sys.stdout, which a progress bar replaces
-        except OSError:
+        except (OSError, ValueError):  # a pipe that is closed, letters that the terminal does not have
             self.handleError(record)
+
+
+class _ScreenFile(io.FileIO):
+    """A standard stream that drops what cannot be written: a closed pipe or a full disk behind it ends no run."""
+
+    failure: OSError | None = None
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EPIPE:  # a reader that has gone, such as `head`, wants no more
+                self.failure = error
+            return len(data)
+
+
+def protect_screen() -> None:
+    """Let nothing that is printed fail: letters that the terminal cannot show are escaped, see also _ScreenFile.
+
+    This replaces ``sys.stdout`` and ``sys.stderr``, unless somebody else has done so.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file that is opened would be taken for the screen
+            os.open(os.devnull, os.O_RDWR)
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if stream is None or stream is not getattr(sys, f'__{name}__') or isinstance(_raw(stream), _ScreenFile):
+            continue
+        stream.flush()
+        raw = _ScreenFile(stream.fileno(), 'wb', closefd=False)
+        text = io.TextIOWrapper(
+            raw if stream.write_through else io.BufferedWriter(raw),  # write_through: PYTHONUNBUFFERED
+            stream.encoding,
+            'backslashreplace',
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        setattr(sys, name, text)
+        setattr(sys, f'__{name}__', text)
+
+
+def lost_output() -> str:
+    """Return why a part of the output is lost since :func:`protect_screen`; '' if it is not, or nobody reads it."""
+    if sys.stdout is None:
+        return ''
+    sys.stdout.flush()
+    raw = _raw(sys.stdout)
+    return raw.failure.strerror if isinstance(raw, _ScreenFile) and raw.failure else ''
+
+
+def _raw(stream: TextIO) -> object:
+    buffer = getattr(stream, 'buffer', None)
+    return getattr(buffer, 'raw', buffer)
 
 
 def _log_warning(message, category, filename, lineno, *_) -> None:

@@ -1,10 +1,13 @@
-"""Find a device, name it and measure its memory."""
+"""Find a device, name it and measure its memory; and the limits of this process."""
 
 from __future__ import annotations
 
 import os
 import re
 import resource
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import mmengine.device.utils
@@ -17,6 +20,45 @@ from mmseg_inceptionnext.errors import UserError
 def available_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """The memory through which processes hand over tensors, in bytes; without a limit where the system names none."""
+
+    place: str
+    total: int = sys.maxsize
+    free: int = sys.maxsize
+
+
+def shared_memory() -> SharedMemory:
+    """Return the size of the shared memory; containers often have 64 MiB."""
+    try:
+        status = os.statvfs('/dev/shm')
+    except OSError:  # macOS has none
+        return SharedMemory('shared memory')
+    if not status.f_blocks:  # a file system without a limit
+        return SharedMemory('/dev/shm')
+    return SharedMemory('/dev/shm', status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize)
+
+
+def open_file_limit() -> int:
+    """Return how many files this process may have open."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+
+
+def raise_open_file_limit() -> None:
+    """Raise the number of files that this process may have open as far as its user may."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS names no limit, and refuses it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def open_files() -> int:
+    """Return how many files this process has open; an estimate where the system does not say."""
+    folder = Path('/proc/self/fd')
+    return len(list(folder.iterdir())) if folder.is_dir() else 32
 
 
 def find_device(name: str | torch.device | None = None) -> torch.device:

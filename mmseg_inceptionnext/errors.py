@@ -54,7 +54,12 @@ def one_line(error: UserError) -> str:
     text = str(error)
     for kind in (UserError, *UserError.__subclasses__(), UnreadableFile, MissingImage):
         text = text.rpartition(f'{kind.__name__}: ')[2]
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text.strip())
+    return printable(text.strip())
+
+
+def printable(text: str) -> str:
+    """Escape what cannot be printed: line breaks, escape codes, and bytes of file names that are no UTF-8."""
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def first_sentence(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Write files atomically: the old content, or the whole new one."""
+"""Write files atomically: the old content, or the whole new one; and say in words why the system refuses a file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+# What the system, not a bug, makes of a file, and what can be done about it.
+_ADVICE = {
+    errno.ENOSPC: 'free space',
+    errno.EDQUOT: 'free space',
+    errno.EFBIG: 'raise the limit of file sizes (ulimit -f)',
+    errno.ENOENT: 'it was moved or deleted, or its disk is not mounted',
+    errno.EACCES: 'change its permissions, or choose another place',
+    errno.EPERM: 'change its permissions, or choose another place',
+    errno.EROFS: 'choose another place',
+    errno.EISDIR: 'choose another name',
+    errno.ENOTDIR: 'one of its folders is a file: choose another place',
+    errno.ENAMETOOLONG: 'choose a shorter name',
+    errno.ELOOP: 'its links lead to each other: remove one',
+    errno.EMFILE: 'raise the limit of open files (ulimit -n), or use fewer workers',
+    errno.ENFILE: 'the machine has too many open files: end other programs, or use fewer workers',
+    errno.EIO: 'its disk, or the connection to it, fails',
+    errno.ESTALE: 'its disk, or the connection to it, fails',
+    errno.ENOTCONN: 'its disk, or the connection to it, fails',
+    errno.EHOSTDOWN: 'its disk, or the connection to it, fails',
+    errno.ETIMEDOUT: 'its disk, or the connection to it, fails',
+    errno.ENODEV: 'its disk, or the connection to it, fails',
+    errno.ENXIO: 'its disk, or the connection to it, fails',
+    errno.EBUSY: 'another program uses it',
+    errno.ETXTBSY: 'another program uses it',
+}
+
+
+def system_fault(error: BaseException) -> str:
+    """Return why the system refuses a file, and what to do, as one phrase; '' for an error of any other kind."""
+    if not isinstance(error, OSError) or error.errno not in _ADVICE:
+        return ''
+    if error.errno == errno.ENOENT and error.filename is None:  # says nothing: a bug's traceback does
+        return ''
+    what = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else 'a file'
+    return f'{what}: {error.strerror}: {_ADVICE[error.errno]}'
 
 
 _made: list[Path] = []
@@ -44,6 +78,9 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
     Args:
         path: Path of the file, which keeps its old content until the new one is complete.
         durable: Wait until the disk has the file (fsync), so that it survives a power failure.
+
+    Raises:
+        OSError: It cannot be written; the error names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{secrets.token_hex(4)}.part{path.suffix}')
@@ -54,16 +91,31 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
         os.replace(partial, path)
         if durable:
             fsync(path.parent)  # the name is the folder's content
+    except OSError as error:
+        if error.filename in (None, str(partial)):  # None: while bytes were written
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         with suppress(FileNotFoundError):
             partial.unlink()
 
 
-def remove_partial_files(folder: Path) -> None:
-    """Remove the temporary files of :func:`atomic_write` that a killed process has left in a folder."""
-    for partial in folder.glob('.????????.part*'):
-        with suppress(FileNotFoundError):
-            partial.unlink()
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8 whatever the locale; bytes of file names that are none are escaped.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with atomic_write(Path(path)) as partial:
+        partial.write_text(text, encoding='utf-8', errors='backslashreplace')
+
+
+def remove_partial_checkpoints(folder: Path) -> None:
+    """Remove what :func:`atomic_write` has left of checkpoints, and of ``last_checkpoint``, in a killed run."""
+    for pattern in ('.????????.part.pth', '.????????.part'):
+        for partial in folder.glob(pattern):
+            with suppress(FileNotFoundError):
+                partial.unlink()
 
 
 def fsync(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +13,7 @@ from mmengine.fileio import LocalBackend, get_file_backend
 from PIL import ExifTags, Image, ImageOps
 
 from mmseg_inceptionnext.errors import MissingImage, MissingPackage, UnreadableFile, first_sentence
+from mmseg_inceptionnext.folders import find_files
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm', '.pgm', '.jp2')
 
@@ -144,13 +144,8 @@ def oriented_size(image: Image.Image, size: tuple[int, int] | None = None) -> tu
 
 
 def list_image_files(folder: Path) -> list[Path]:
-    """List all image files under a folder, by suffix in any case, sorted; hidden ones are left out."""
-    found = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith('.')]
-        paths = (Path(parent, name) for name in names if not name.startswith('.'))
-        found += [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(found)
+    """List all image files under a folder, by suffix in any case, sorted, see :func:`find_files`."""
+    return sorted(folder / path for path in find_files(folder, IMAGE_SUFFIXES))
 
 
 def swap_rgb(pixels: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mmseg_inceptionnext.command_line import ToolParser, exit_if_any_failed, output_file, run
+from mmseg_inceptionnext.files import write_text
 from mmseg_inceptionnext.measure.speed import measure_speed
 from mmseg_inceptionnext.measure.tables import speed_table
 from mmseg_inceptionnext.measure.timed_model import LAYOUTS, PRECISIONS, TASKS, Setting
@@ -53,7 +54,9 @@ def main() -> None:
         lambda rounds, total: track(rounds, description='measuring', total=total, console=bar),
     )
     if args.json:
-        args.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + '\n')
+        write_text(args.json, json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + '\n')
+    if args.plot and rows:
+        plot_tradeoff(rows, args.plot)
     if rows:
         first = rows[0]
         print(
@@ -61,8 +64,6 @@ def main() -> None:
             f'rounds, on {first.device} with {first.threads} threads, torch {first.versions["torch"]}\n'
         )
         print(speed_table(rows))
-    if args.plot and rows:
-        plot_tradeoff(rows, args.plot)
     exit_if_any_failed(failures)
 
 

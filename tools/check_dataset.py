@@ -16,6 +16,7 @@ from mmseg_inceptionnext.console import quiet_screen
 from mmseg_inceptionnext.data.draft import draft_data_file, ignoring
 from mmseg_inceptionnext.data.inspection import grouped, inspect_data, inspection_text
 from mmseg_inceptionnext.device import available_cores
+from mmseg_inceptionnext.files import write_text
 
 _RECIPE = 'fpn/inceptionnext_t'  # whose model does not matter here
 
@@ -43,8 +44,6 @@ def main() -> None:
     args = parser.parse_args()
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as Ctrl-C does: no process is left behind
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly where the list goes to `head`
-    sys.stdout.reconfigure(errors='surrogateescape')  # names of files are bytes
     if Path(args.config).is_dir():
         propose(draft_data_file(args.config), args.write)
         return
@@ -62,7 +61,7 @@ def check(args: argparse.Namespace) -> None:
         report=args.report,
     )  # fmt: skip
     if args.json:
-        args.json.write_text(json.dumps(dataclasses.asdict(found), indent=2) + '\n')
+        write_text(args.json, json.dumps(dataclasses.asdict(found), indent=2) + '\n')
 
     if found.ok:
         print(inspection_text(found))
@@ -86,7 +85,7 @@ def check(args: argparse.Namespace) -> None:
 def propose(text: str, file: Path | None) -> None:
     """Print a data file, or write it."""
     if file:
-        file.write_text(text, encoding='utf-8')
+        write_text(file, text)
         print(f'Data file: {file}')
     else:
         print(f'\nA data file that would do (--write FILE keeps it):\n\n{text}')

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 from mmseg_inceptionnext.command_line import ToolParser, exit_if_any_failed, output_file, run, run_each
+from mmseg_inceptionnext.files import write_text
 from mmseg_inceptionnext.measure.complexity import measure_complexity
 from mmseg_inceptionnext.measure.tables import complexity_table
 
@@ -22,7 +23,7 @@ def main() -> None:
     if args.json:
         keys = ('config', 'params_m', 'params_m_without_aux', 'gmacs', 'gmacs_executed', 'shape')
         figures = [{key: dataclasses.asdict(row)[key] for key in keys} for row in rows]
-        args.json.write_text(json.dumps(figures, indent=2) + '\n')
+        write_text(args.json, json.dumps(figures, indent=2) + '\n')
     if rows:
         print(complexity_table(rows, args.paper))
     exit_if_any_failed(failures)

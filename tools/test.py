@@ -21,6 +21,7 @@ from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.console import quiet_screen
 from mmseg_inceptionnext.device import use_device
 from mmseg_inceptionnext.evaluation import evaluate
+from mmseg_inceptionnext.files import write_text
 
 
 def main() -> None:
@@ -71,9 +72,9 @@ def execute(args: argparse.Namespace) -> None:
     if figures is None:
         print(f'The test data have no annotations, so there are no metrics. Predictions are in {", ".join(pictures)}')
         return
-    print(', '.join(f'{key} {value}' for key, value in figures.items() if key != 'per_class'))
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + '\n')
+        write_text(args.json, json.dumps(figures, indent=2) + '\n')
+    print(', '.join(f'{key} {value}' for key, value in figures.items() if key != 'per_class'))
     if args.report:
         print(f'Report: {args.report / "index.html"}')
 

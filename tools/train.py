@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import shlex
-import signal
 import sys
 
 from mmengine.dist import is_main_process
@@ -78,7 +77,6 @@ def main() -> None:
     add_trust_option(parser)
     args = parser.parse_args()
     if args.list:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly where the list goes to `head`
         print(recipes_table())
         return
     if args.config is None:

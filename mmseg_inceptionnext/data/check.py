@@ -22,6 +22,7 @@ from mmseg_inceptionnext.data.pipeline import displayed_path, leaf_datasets
 from mmseg_inceptionnext.data.sampling import evenly_spread
 from mmseg_inceptionnext.data.unnamed_codes import UnnamedCodes
 from mmseg_inceptionnext.errors import BadSample, MissingFile, UserError
+from mmseg_inceptionnext.folders import check_links
 
 _HOW_TO_GET_ADE20K = (
     'pass data_root=DIR, or unpack ADEChallengeData2016.zip (http://sceneparsing.csail.mit.edu) there; '
@@ -57,6 +58,8 @@ def _check_dataset(dataset_cfg: dict, model_cfg: dict) -> None:
             f'{len(missing)} of {len(samples)} images have no annotation, the first {missing[0]["img_path"]}: '
             f'expected {missing[0]["seg_map_path"]}'
         )
+    check_links([s['img_path'] for s in samples])
+    check_links([s['seg_map_path'] for s in samples if 'seg_map_path' in s])
     for fault in head_faults(model_cfg, len(dataset.metainfo['classes'])):
         raise UserError(fault)
     if isinstance(dataset, MaskDataset):

@@ -61,7 +61,7 @@ def read_counts(cfg: Config) -> dict[str, int] | None:
     if not file or not file.is_file():
         return None
     try:
-        return json.loads(file.read_text())[_hash(dataset_cfg)]
+        return json.loads(file.read_text(encoding='utf-8'))[_hash(dataset_cfg)]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -73,7 +73,7 @@ def keep_counts(cfg: Config, pixels: dict[str, int]) -> None:
     if not file:
         return
     try:
-        kept = json.loads(file.read_text())
+        kept = json.loads(file.read_text(encoding='utf-8'))
     except (OSError, ValueError):
         kept = {}
     with contextlib.suppress(OSError), atomic_write(file) as partial:

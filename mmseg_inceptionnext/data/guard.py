@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
 from mmseg_inceptionnext.errors import UnreadableFile, UserError, one_line
-from mmseg_inceptionnext.files import DISK_FULL_ERRNOS
+from mmseg_inceptionnext.files import system_fault
 from mmseg_inceptionnext.images import why_unreadable
 
 # What Pillow and OpenCV raise on damaged files, and on images that are too thin to be resized.
@@ -35,18 +35,32 @@ class CurrentFiles:
 
     def note(self, files: str) -> None:
         """Note the files that this worker is about to open."""
-        if worker := get_worker_info():
-            text = f'{os.getpid()} {files}'.encode(errors='replace')[: self._rows.shape[1]]
-            row = self._rows[worker.id].numpy()
-            row[: len(text)] = np.frombuffer(text, np.uint8)
-            row[len(text) :] = 0
+        self._write('files', files)
+
+    def note_failure(self, reason: str) -> None:
+        """Note why this worker exits, if it is for another reason than a file."""
+        self._write('reason', reason)
 
     def files_of(self, pid: int) -> str | None:
         """Return the files that the worker of a process id noted last; None if there is no such worker."""
+        return self._last(pid, 'files')
+
+    def failure_of(self, pid: int) -> str | None:
+        """Return why the worker of a process id has exited; None if it has not said."""
+        return self._last(pid, 'reason')
+
+    def _write(self, kind: str, text: str) -> None:
+        if worker := get_worker_info():
+            content = f'{os.getpid()} {kind} {text}'.encode(errors='replace')[: self._rows.shape[1]]
+            row = self._rows[worker.id].numpy()
+            row[: len(content)] = np.frombuffer(content, np.uint8)
+            row[len(content) :] = 0
+
+    def _last(self, pid: int, kind: str) -> str | None:
         for row in self._rows.numpy():
-            owner, _, files = row.tobytes().rstrip(b'\0').decode(errors='replace').partition(' ')
-            if owner == str(pid):
-                return files
+            begin, _, text = row.tobytes().rstrip(b'\0').decode(errors='replace').partition(f' {kind} ')
+            if begin == str(pid):
+                return text
         return None
 
 
@@ -92,10 +106,12 @@ class GuardedPipeline(Compose):
         if self.in_a_row == _MOST_IN_A_ROW:
             raise UnreadableFile(f'{_MOST_IN_A_ROW} files in a row cannot be read, the last: {error}') from error
         try:
-            with self.skipped.open('a') as file:  # one write, so that lines of several workers stay whole
+            with self.skipped.open(
+                'a', encoding='utf-8'
+            ) as file:  # one write, so that lines of several workers stay whole
                 file.write(f'{one_line(error)}\n')
-        except OSError as full:
-            if full.errno not in DISK_FULL_ERRNOS:
+        except OSError as error:
+            if not system_fault(error):
                 raise
 
 

@@ -42,7 +42,7 @@ def read_report(path: str | Path) -> dict:
     path = Path(path)
     file = path / 'report.json' if path.is_dir() else path
     try:
-        report = json.loads(file.read_text())
+        report = json.loads(file.read_text(encoding='utf-8'))
         ious = [row['IoU'] for row in report['per_class'].values()] + [report['mIoU']]
         if not all(map(_is_figure, ious)):
             raise TypeError('a figure is not a number')

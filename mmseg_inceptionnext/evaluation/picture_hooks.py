@@ -19,6 +19,8 @@ from PIL import Image
 
 from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.drawing import draw_comparison
+from mmseg_inceptionnext.errors import printable
+from mmseg_inceptionnext.files import atomic_write
 from mmseg_inceptionnext.images import local_or_content, read_picture
 from mmseg_inceptionnext.labels import IGNORE_INDEX, label_array
 
@@ -56,7 +58,7 @@ class OverlayHook(_Pictures):
         for sample in outputs:
             path = self.out_dir / f'{Path(sample.img_path).stem}.png'
             meta = runner.test_dataloader.dataset.metainfo
-            self._draw(sample, meta, runner.test_evaluator, lambda picture, path=path: picture.save(path))
+            self._draw(sample, meta, runner.test_evaluator, lambda picture, path=path: _save(picture, path))
 
     def after_test(self, runner) -> None:
         self._end()
@@ -84,7 +86,7 @@ class ValidationSamplesHook(_Pictures):
         if batch_idx not in self.chosen or not is_main_process():
             return
         sample = outputs[0]
-        name = f'val_{Path(sample.img_path).stem}'
+        name = printable(f'val_{Path(sample.img_path).stem}')  # OpenCV, which writes it, crashes on others
         meta = runner.val_dataloader.dataset.metainfo
         self._draw(
             sample, meta, runner.val_evaluator,
@@ -93,6 +95,11 @@ class ValidationSamplesHook(_Pictures):
 
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
         self._end()
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    with atomic_write(path) as partial:
+        picture.save(partial)
 
 
 def comparison_of_sample(sample: SegDataSample, meta: dict, ignore_index: int = IGNORE_INDEX) -> Image.Image:

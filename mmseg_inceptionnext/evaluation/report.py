@@ -28,6 +28,7 @@ from PIL import Image
 from mmseg_inceptionnext.device import device_name
 from mmseg_inceptionnext.drawing import draw_overlay
 from mmseg_inceptionnext.evaluation.metrics import TITLES, EvaluatedImage, ious, total_confusion
+from mmseg_inceptionnext.files import write_text
 from mmseg_inceptionnext.images import local_or_content, read_picture
 from mmseg_inceptionnext.labels import ignore_index_of
 from mmseg_inceptionnext.version import __version__
@@ -70,7 +71,7 @@ def write_report(folder: str | Path, figures: dict, images: Sequence[EvaluatedIm
         'run': _run(checkpoint),
         'config': cfg.pretty_text,
     }
-    (folder / 'report.json').write_text(json.dumps(report, indent=1) + '\n')
+    write_text(folder / 'report.json', json.dumps(report, indent=1) + '\n')
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader('mmseg_inceptionnext', 'evaluation'),
@@ -91,7 +92,7 @@ def write_report(folder: str | Path, figures: dict, images: Sequence[EvaluatedIm
             for title, chosen in choose_images(ranked, num_images).items()
         },
     )
-    (folder / 'index.html').write_text(page, encoding='utf-8')
+    write_text(folder / 'index.html', page)
 
 
 def confused_classes(confusion: np.ndarray, classes: Sequence[str]) -> list[dict]:

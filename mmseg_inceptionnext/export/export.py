@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import mmseg
@@ -122,10 +122,7 @@ def export(
     with _quiet():
         program = _trace(module, contract, shape)
         with atomic_write(out) as path:
-            if is_onnx(out):
-                run = _write_onnx(program, contract, path)
-            else:
-                run = _write_pt2(program, contract, path, out.name, device)
+            run = _write_onnx(program, contract, path) if is_onnx(out) else _write_pt2(program, contract, path, device)
             return _compare(run, model, pictures, contract)
 
 
@@ -199,13 +196,11 @@ def _versions() -> dict[str, str]:
     return dict(mmseg_inceptionnext=__version__, torch=torch.__version__, mmseg=mmseg.__version__)
 
 
-def _write_pt2(program: ExportedProgram, contract: Contract, path: Path, name: str,
+def _write_pt2(program: ExportedProgram, contract: Contract, path: Path,
                device: torch.device) -> Callable[[np.ndarray], np.ndarray]:  # fmt: skip
-    metadata = json.dumps(contract.metadata(_versions()))
-    with tempfile.TemporaryDirectory(prefix='.', dir=path.parent) as folder:
-        named = Path(folder, name)  # torch puts the file's name before that of each file inside
-        torch.export.save(program, named, extra_files={'metadata.json': metadata})
-        named.replace(path)
+    content = BytesIO()  # torch aborts the process where it cannot write into a file
+    torch.export.save(program, content, extra_files={'metadata.json': json.dumps(contract.metadata(_versions()))})
+    path.write_bytes(content.getbuffer())
     module = torch.export.load(path).module()
     dtype = getattr(torch, contract.dtype)
     return lambda images: module(torch.from_numpy(images).to(device, dtype)).cpu().numpy()

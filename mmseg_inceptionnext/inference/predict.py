@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -15,7 +16,7 @@ from PIL import Image
 
 from mmseg_inceptionnext.data.prefetch import map_ahead
 from mmseg_inceptionnext.drawing import add_legend
-from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.errors import UserError, printable
 from mmseg_inceptionnext.files import atomic_write
 from mmseg_inceptionnext.inference.segmentor import Segmentation, Segmentor
 from mmseg_inceptionnext.inference.sources import Output, Source
@@ -69,9 +70,12 @@ def predict(
 
 def count_images(sources: Sequence[Source]) -> int:
     """Count the images and frames to segment; for some videos this is an estimate."""
-    videos = (cv2.VideoCapture(str(source.path)) for source in sources if source.is_video)
-    frames = sum(max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))) for video in videos)
-    return frames + sum(not source.is_video for source in sources)
+    images, frames = sum(not source.is_video for source in sources), 0
+    for source in sources:
+        if source.is_video:
+            with _name_for_opencv(source.path) as name:
+                frames += max(0, int(cv2.VideoCapture(name).get(cv2.CAP_PROP_FRAME_COUNT)))
+    return images + frames
 
 
 def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Output, batch_size: int,
@@ -110,7 +114,8 @@ def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Out
 
 def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_size: int,
                    on_progress: Callable[[int], None]) -> dict[str, str]:  # fmt: skip
-    video = cv2.VideoCapture(str(source.path))
+    with _name_for_opencv(source.path) as name:
+        video = cv2.VideoCapture(name)
     overlay = _VideoFile(output.overlay_of(source), video.get(cv2.CAP_PROP_FPS) or 25)
     reason = 'not a video, or of a format that OpenCV does not read' if source.path.is_file() else 'no such file'
 
@@ -160,6 +165,18 @@ def _naming_unwritable_file() -> Iterator[None]:
         raise UserError(f'cannot write {error.filename or "the output"}: {error.strerror or error}') from error
 
 
+@contextmanager
+def _name_for_opencv(path: Path) -> Iterator[str]:
+    """Yield a name of a video that OpenCV takes: it crashes on bytes that are no UTF-8, so it gets a link then."""
+    if printable(str(path)) == str(path):
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, 'video').with_suffix(path.suffix)
+        link.symlink_to(path.absolute())
+        yield str(link)
+
+
 class _VideoFile:
     """A video file, opened when the first frame gives its size. What was written is kept if the rest fails."""
 
@@ -169,7 +186,8 @@ class _VideoFile:
     def add(self, picture: Image.Image) -> None:
         if not self.frames:
             partial = self.stack.enter_context(atomic_write(self.path))
-            self.video = cv2.VideoWriter(str(partial), cv2.VideoWriter.fourcc(*'mp4v'), self.fps, picture.size)
+            name = self.stack.enter_context(_name_for_opencv(partial))
+            self.video = cv2.VideoWriter(name, cv2.VideoWriter.fourcc(*'mp4v'), self.fps, picture.size)
             self.stack.callback(self.video.release)
             if not self.video.isOpened():
                 raise OSError(None, 'OpenCV cannot write this video', str(self.path))

@@ -10,6 +10,7 @@ from itertools import chain, count, takewhile
 from pathlib import Path
 
 from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.folders import find_files
 from mmseg_inceptionnext.images import IMAGE_SUFFIXES
 
 VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v')
@@ -76,27 +77,19 @@ def _expand(text: str, out: Path) -> list[tuple[Path, Path]]:
     """Return path and relative name of each file that an argument stands for."""
     path = Path(text)
     if path.is_dir():
-        root, found = path, _walk(path)
+        root, found = path, [path / name for name in find_files(path, IMAGE_SUFFIXES + VIDEO_SUFFIXES)]
     elif path.exists() or not glob.has_magic(text):
         return [(path, Path(path.name))]
     else:
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-        found = [p for p in map(Path, sorted(glob.glob(text, recursive=True))) if p.is_file() and _has_known_suffix(p)]
+        found = [
+            p for p in map(Path, sorted(glob.glob(text, recursive=True))) if not p.is_dir() and _has_known_suffix(p)
+        ]
     inside = os.path.join(os.path.realpath(out), '')
     found = [p for p in found if not os.path.realpath(p).startswith(inside)]
     if not found:
         raise UserError(f'{text} holds no image and no video outside of {out}')
     return [(p, p.relative_to(root)) for p in found]
-
-
-def _walk(folder: Path) -> list[Path]:
-    found = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith('.')]
-        paths = (Path(root, name) for name in files if not name.startswith('.'))
-        # A dangling link is reported later; reading from a pipe would wait forever.
-        found += [path for path in paths if _has_known_suffix(path) and (path.is_file() or path.is_symlink())]
-    return sorted(found)
 
 
 def _has_known_suffix(path: Path) -> bool:

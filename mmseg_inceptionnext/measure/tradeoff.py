@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
 
 from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.files import atomic_write
 from mmseg_inceptionnext.measure.paper import paper_row
 from mmseg_inceptionnext.measure.speed import Speed
 
@@ -54,6 +55,7 @@ def plot_tradeoff(rows: Sequence[Speed], path: str | Path) -> None:
     axes.margins(0.1)
     axes.legend(loc='best')
     try:
-        figure.savefig(path, dpi=150)
+        with atomic_write(Path(path)) as partial:
+            figure.savefig(partial, dpi=150)
     except ValueError as error:
         raise UserError(f'plot={str(path)!r}: {error}') from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from mmengine.dist import get_world_size
@@ -14,6 +14,7 @@ from mmseg.registry import LOOPS
 
 from mmseg_inceptionnext.distributed import any_rank
 from mmseg_inceptionnext.errors import UserError, one_line
+from mmseg_inceptionnext.training.signals import Interrupted
 
 
 @LOOPS.register_module()
@@ -129,7 +130,7 @@ class TolerantValLoop(ValLoop):
         reasons: list[str] = []
         batches = None
         for index in range(len(self.dataloader)):
-            with self._collecting(reasons):
+            with self._collecting(reasons), suppress(Interrupted), self.runner.stop_signal.while_waiting():
                 batches = batches or iter(self.dataloader)
                 batch = next(batches)
             if signal := self.runner.stop_signal.received:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from mmseg_inceptionnext.data.guard import CurrentFiles, guard_pipelines
 from mmseg_inceptionnext.data.pipeline import read_images_safely
 from mmseg_inceptionnext.distributed import any_rank
 from mmseg_inceptionnext.errors import BadSample, MissingPackage, UserError, first_sentence, one_line
-from mmseg_inceptionnext.files import DISK_FULL_ERRNOS, atomic_write
+from mmseg_inceptionnext.files import atomic_write, system_fault
 from mmseg_inceptionnext.labels import check_same_classes
 from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.models.weights import load_for_finetuning
@@ -41,7 +42,13 @@ from mmseg_inceptionnext.training.hooks.progress import ProgressHook
 from mmseg_inceptionnext.training.hooks.repeat_validation import RepeatValidationHook
 from mmseg_inceptionnext.training.hooks.same_size import SameSizeHook
 from mmseg_inceptionnext.training.hooks.stop_on_signal import StopOnSignalHook
-from mmseg_inceptionnext.training.signals import StopSignal, disable_sigchld_handler, ignore_signals_in_worker
+from mmseg_inceptionnext.training.signals import (
+    Interrupted,
+    StopSignal,
+    disable_sigchld_handler,
+    ignore_signals_in_worker,
+)
+from mmseg_inceptionnext.training.workers import Workers, exit_where_a_batch_is_lost, share_temporary_folder
 
 # What takes the place of mmengine's hooks.
 _OUR_HOOKS = {CheckpointHook: 'SafeCheckpointHook', EarlyStoppingHook: 'ResumableEarlyStoppingHook'}
@@ -97,7 +104,7 @@ class FaultTolerantMixin:
     def __init__(self, *args, **kwargs):
         self.stop_signal = StopSignal()
         self.stopped_by: str | None = None
-        self._current_files: list[CurrentFiles] = []
+        self._current_files: list[tuple[CurrentFiles, Workers]] = []
         super().__init__(*args, **kwargs)
 
     @property
@@ -128,6 +135,11 @@ class FaultTolerantMixin:
         try:
             with self.stop_signal, self.noticing_dead_ranks(), self.closing_progress():
                 return super().train()
+        except Interrupted:
+            self.stop_if_asked(self.iter)
+            self.call_hook('after_train')
+            self.call_hook('after_run')
+            return self.model
         except BadSample as error:
             # Data are fetched between iterations, by all ranks together: the weights are those of a complete iteration.
             kept = self.save_now(self.iter)
@@ -222,6 +234,9 @@ class FaultTolerantMixin:
 
     def build_logger(self, *args, **kwargs) -> MMLogger:
         logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.stream.reconfigure(encoding='utf-8', errors='backslashreplace')  # whatever the locale
         if is_quiet():
             quieten(logger)
         return logger
@@ -246,11 +261,15 @@ class FaultTolerantMixin:
                 for key in ('persistent_workers', 'prefetch_factor', 'multiprocessing_context'):
                     dataloader.pop(key, None)
         loader = super().build_dataloader(dataloader, *args, **kwargs)
+        workers = Workers.of(loader)
+        workers.check_limits()
+        if loader.num_workers:
+            share_temporary_folder()
         current = CurrentFiles(loader.num_workers)
-        self._current_files.append(current)
+        self._current_files.append((current, workers))
         skip = training and self.cfg.get('skip_bad_images', False)
         guard_pipelines(loader.dataset, current, self.skipped_images if skip else None)
-        loader.worker_init_fn = partial(_init_worker, then=loader.worker_init_fn)
+        loader.worker_init_fn = partial(_init_worker, current=current, workers=workers, then=loader.worker_init_fn)
         return loader
 
     def build_train_loop(self, loop: dict | BaseLoop) -> BaseLoop:
@@ -258,7 +277,7 @@ class FaultTolerantMixin:
         loop = super().build_train_loop(loop)
         disable_sigchld_handler()  # mmengine 0.10.7 has started the workers by now
         if hasattr(loop, 'dataloader_iterator'):  # a loop over epochs takes the data loader itself
-            loop.dataloader_iterator = _CommonBatches(loop.dataloader_iterator, self)
+            loop.dataloader_iterator = _CommonBatches(loop.dataloader_iterator, self, Workers.of(loop.dataloader))
         return loop
 
     def build_visualizer(self, visualizer: dict | Visualizer | None = None) -> Visualizer:
@@ -292,7 +311,7 @@ class FaultTolerantMixin:
             self.register_hook(ProgressHook(logger.get('interval', 50)))
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
-        """Call a method of every hook; in training, one that fails because the disk is full is logged and skipped."""
+        """Call a method of every hook; in training, one that cannot write or read a file is logged and skipped."""
         for hook in self.hooks:
             if fn_name == 'after_test_epoch' and isinstance(hook, LoggerHook) and not is_main_process():
                 continue  # every rank would write the same file
@@ -300,9 +319,9 @@ class FaultTolerantMixin:
                 if hasattr(hook, fn_name):
                     getattr(hook, fn_name)(self, **kwargs)
             except OSError as error:
-                if error.errno not in DISK_FULL_ERRNOS or 'test' in fn_name:
+                if not (fault := system_fault(error)) or 'test' in fn_name:
                     raise
-                self.logger.error(f'{type(hook).__name__} cannot write: {error.strerror}')
+                self.logger.error(f'{type(hook).__name__} fails on {fault}')
 
     @contextmanager
     def closing_progress(self) -> Iterator[None]:
@@ -334,11 +353,14 @@ class FaultTolerantMixin:
             yield
         except RuntimeError as error:
             dead = re.search(r'DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(.*)', str(error))
+            if faults := [fault for _, workers in self._current_files if (fault := workers.fault(error))]:
+                raise BadSample(faults[0]) from error
             if dead is None:
                 raise
-            files = {current.files_of(int(pid)) for pid in dead[1].split(', ') for current in self._current_files} - {
-                None
-            }
+            pids = list(map(int, dead[1].split(', ')))
+            if reasons := [r for pid in pids for current, _ in self._current_files if (r := current.failure_of(pid))]:
+                raise BadSample(f'a data-loading worker cannot hand over a batch: {reasons[0]}') from error
+            files = {current.files_of(pid) for pid in pids for current, _ in self._current_files} - {None}
             raise BadSample(
                 f'a data-loading worker {dead[2].strip(" .")}, on {", ".join(files) or "no file yet"}: it may have run '
                 'out of memory (use fewer workers), or the file is corrupt'
@@ -370,25 +392,31 @@ class SafeFlexibleRunner(FaultTolerantMixin, FlexibleRunner):
 class _CommonBatches:
     """An iterator over batches that fails on all ranks if it fails on one."""
 
-    def __init__(self, batches: Iterator, runner: FaultTolerantMixin):
-        self.batches, self.runner = batches, runner
+    def __init__(self, batches: Iterator, runner: FaultTolerantMixin, workers: Workers):
+        self.batches, self.runner, self._workers, self._is_first = batches, runner, workers, True
 
     def __next__(self):
         failure = batch = None
         try:
-            with self.runner.naming_files_of_dead_workers():
+            with self.runner.naming_files_of_dead_workers(), self.runner.stop_signal.while_waiting():
                 batch = next(self.batches)
-        except BadSample as error:
+        except (BadSample, Interrupted) as error:
             failure = error
         if any_rank(failure is not None):
+            if any_rank(isinstance(failure, Interrupted)):
+                raise Interrupted from failure
             raise failure or BadSample('another process of the run cannot go on')
+        if self._is_first and (warning := self._workers.warning(batch)):
+            self.runner.logger.warning(warning)
+        self._is_first = False
         return batch
 
     def __getattr__(self, name: str):
         return getattr(self.batches, name)
 
 
-def _init_worker(worker_id: int, then: Callable | None) -> None:
+def _init_worker(worker_id: int, current: CurrentFiles, workers: Workers, then: Callable | None) -> None:
     ignore_signals_in_worker()
+    exit_where_a_batch_is_lost(current, workers)
     if then is not None:
         then(worker_id)

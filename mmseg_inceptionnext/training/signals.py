@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 # SIGTERM and SIGUSR1 are what schedulers send before they kill; SIGINT is Ctrl-C.
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+_SAME_SIGNAL = 1.0  # seconds in which a launcher may pass on the signal that it has received itself
+
+
+class Interrupted(Exception):
+    """A signal has asked to stop while data were awaited, which may never come."""
+
+
 class StopSignal:
-    """Context manager that records the first signal, so that it does not kill; a second SIGINT kills.
+    """Context manager that records the first signal, so that it does not kill; a second SIGINT or SIGTERM kills.
 
     Attributes:
         received: The first signal, or None.
@@ -19,6 +29,8 @@ class StopSignal:
 
     def __init__(self):
         self.received: signal.Signals | None = None
+        self._is_waiting = False
+        self._first_time: dict[int, float] = {}
 
     def __enter__(self) -> StopSignal:
         # Only the main thread may handle signals; in others they do what they did.
@@ -30,14 +42,33 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def while_waiting(self) -> Iterator[None]:
+        """Inside the ``with`` block, a signal raises :class:`Interrupted` at once, also one that came just before."""
+        self._is_waiting = True
+        try:
+            if self.received:
+                raise Interrupted
+            yield
+        finally:
+            self._is_waiting = False
+
     def _note(self, number: int, _) -> None:
+        now = time.monotonic()
+        if number == signal.SIGTERM and now - self._first_time.setdefault(number, now) > _SAME_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.received = self.received or signal.Signals(number)
         hint = ''
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             hint = '; Ctrl-C again stops at once'
         line = f'{signal.Signals(number).name}: saving a checkpoint after this iteration{hint}\n'
-        os.write(2, line.encode())  # to stderr; print may be what was interrupted
+        with suppress(OSError):  # to stderr, which may be closed; print may be what was interrupted
+            os.write(2, line.encode())
+        if self._is_waiting:
+            self._is_waiting = False
+            raise Interrupted
 
 
 def disable_sigchld_handler() -> None:

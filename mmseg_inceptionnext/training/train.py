@@ -23,6 +23,7 @@ from mmseg_inceptionnext.data.pipeline import leaf_datasets
 from mmseg_inceptionnext.device import available_cores
 from mmseg_inceptionnext.distributed import init_process_group, rank
 from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.files import write_text
 from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.models.weights import check_fits, load_for_finetuning
 from mmseg_inceptionnext.training.agreement import check_agreement
@@ -270,7 +271,7 @@ def run_result(runner: FaultTolerantMixin) -> dict:
     best, score = (hub.get_info(f'best_{what}{suffix}') for what in ('ckpt', 'score'))
     checkpoint = Path(best or hub.get_info('last_ckpt') or work_dir / f'iter_{runner.iter}.pth')
     iteration = re.search(r'iter_(\d+)', checkpoint.name)
-    skipped = runner.skipped_images.read_text().splitlines() if runner.skipped_images.is_file() else []
+    skipped = runner.skipped_images.read_text(encoding='utf-8').splitlines() if runner.skipped_images.is_file() else []
     return {
         'metric': metrics[0],
         'best': score if best else None,
@@ -294,7 +295,7 @@ def resume_if_restarted(cfg: Config, options: TrainOptions) -> TrainOptions:
     run, started = os.environ['TORCHELASTIC_RUN_ID'], Path(cfg.work_dir, '.started_by_torchrun')
     if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
         if rank(cfg.launcher) == 0:
-            started.write_text(run)
+            write_text(started, run)
         return options
     pointer = Path(cfg.work_dir, 'last_checkpoint')
     is_own = (

@@ -15,7 +15,7 @@ from mmseg.registry import HOOKS
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.distributed import any_rank
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.files import atomic_write, remove_partial_files
+from mmseg_inceptionnext.files import atomic_write, remove_partial_checkpoints
 
 
 @HOOKS.register_module()
@@ -52,7 +52,7 @@ class SafeCheckpointHook(CheckpointHook):
         if runner.resumed_from:
             self.last_ckpt = runner.resumed_from
         if is_main_process():
-            remove_partial_files(Path(self.out_dir))
+            remove_partial_checkpoints(Path(self.out_dir))
 
     def after_train(self, runner) -> None:
         stopped_early = runner.iter < runner.max_iters
