@@ -8,6 +8,7 @@ import multiprocessing.util
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -106,9 +107,13 @@ def exit_where_a_batch_is_lost(current: CurrentFiles, workers: Workers) -> None:
     """
 
     def leave(error: BaseException, message: object = None) -> None:
-        batch = message[1] if isinstance(message, tuple) and len(message) == 2 else None
-        current.note_failure(workers.fault(error, size_of(batch)) or f'{type(error).__name__}: {error}')
-        os._exit(1)
+        try:
+            batch = message[1] if isinstance(message, tuple) and len(message) == 2 else None
+            current.note_failure(workers.fault(error, size_of(batch)) or f'{type(error).__name__}: {error}')
+            for left in Path('/dev/shm').glob(f'torch_{os.getpid()}_*'):  # torch leaves what it cannot fill
+                left.unlink(missing_ok=True)
+        finally:
+            os._exit(1)
 
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(leave)
     sys.excepthook = lambda kind, error, trace: leave(error)  # of the thread that hands over open files
