@@ -35,6 +35,7 @@ from mmseg_inceptionnext.training.options import TrainOptions
 from mmseg_inceptionnext.training.resume import ResumePoint, find_resume_point
 from mmseg_inceptionnext.training.runner import FaultTolerantMixin, SafeFlexibleRunner, SafeRunner, check_backends
 from mmseg_inceptionnext.training.schedule import schedule_warning, set_iterations, stretch_ends
+from mmseg_inceptionnext.training.work_dir_lock import holder, locked
 
 
 def train(cfg: Config, options: TrainOptions = TrainOptions()) -> FaultTolerantMixin:
@@ -50,26 +51,25 @@ def train(cfg: Config, options: TrainOptions = TrainOptions()) -> FaultTolerantM
     Raises:
         UserError: The data set, the weights or the checkpoint cannot be read or do not fit; or the loss is not finite.
     """
-    options = resume_if_restarted(cfg, options)
-    if text := _occupied(cfg, options):
-        raise UserError(text)
-    runner = make_runner(cfg, _prepare(cfg, options))
-    runner.train()
+    check(cfg, options)
+    init_process_group(cfg.get('launcher', 'none'), cfg.get('env_cfg', {}).get('dist_cfg'))
+    with locked(cfg.work_dir):
+        options = resume_if_restarted(cfg, options)
+        if text := _occupied(cfg, options):
+            raise UserError(text)
+        runner = make_runner(cfg, apply(cfg, options))
+        runner.train()
     return runner
 
 
 def plan(cfg: Config, options: TrainOptions = TrainOptions()) -> Plan:
     """Return what :func:`train` would do with the same arguments, and its cost; keep nothing."""
-    if text := _occupied(cfg, options):
-        say(text, logging.WARNING)
-    point = _prepare(cfg, options)
-    return dry_run(cfg, lambda changed: make_runner(changed, point))
-
-
-def _prepare(cfg: Config, options: TrainOptions) -> ResumePoint | None:
     check(cfg, options)
     init_process_group(cfg.get('launcher', 'none'), cfg.get('env_cfg', {}).get('dist_cfg'))
-    return apply(cfg, options)
+    if is_main_process() and (text := holder(cfg.work_dir) or _occupied(cfg, options)):
+        say(text, logging.WARNING)
+    point = apply(cfg, options)
+    return dry_run(cfg, lambda changed: make_runner(changed, point))
 
 
 def check(cfg: Config, options: TrainOptions) -> None:
