@@ -68,9 +68,12 @@ def is_onnx(path: str | Path) -> bool:
 def import_onnx(name: str) -> ModuleType:
     """Import the package 'onnx', 'onnxruntime' or 'onnxscript'.
 
+    ONNX Runtime's wheels report each session to Microsoft unless this variable is set before they are imported.
+
     Raises:
         UserError: It is not installed.
     """
+    os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
     try:
         return import_module(name)
     except ImportError as error:

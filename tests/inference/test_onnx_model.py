@@ -279,3 +279,20 @@ def test_a_signal_ends_a_long_run(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         segmentor(np.zeros((*size, 3), np.uint8))
     assert time.monotonic() - start < 8
+
+
+def test_nothing_is_reported_to_the_makers_of_onnx_runtime(tmp_path):
+    """It would leave the id of the device and a store of events in the user's cache, and connect to its server."""
+    path = written(model_of(), tmp_path / 'x.onnx')
+    Image.fromarray(PIXELS).save(tmp_path / 'a.png')
+    home = tmp_path / 'home'
+    home.mkdir()
+    # What turns it off as well, or puts its files elsewhere.
+    off = (
+        'ORT_DISABLE_TELEMETRY', 'ORT_RUNNING_UNIT_TESTS', 'XDG_CACHE_HOME',
+        'CI', 'GITHUB_ACTIONS', 'GITLAB_CI', 'JENKINS_URL', 'TF_BUILD', 'TRAVIS',
+    )  # fmt: skip
+    environment = {key: value for key, value in os.environ.items() if key not in off}
+    command = [sys.executable, ROOT / 'tools' / 'predict.py', path, tmp_path / 'a.png', '--out', tmp_path / 'out']
+    subprocess.run(command, env=environment | dict(HOME=str(home)), check=True, capture_output=True)
+    assert [str(p.relative_to(home)) for p in home.rglob('*') if p.is_file() and 'matplotlib' not in p.parts] == []
