@@ -20,6 +20,9 @@ from mmseg_inceptionnext.errors import UserError
 IGNORE_INDEX = 255  # ignore_index: pixels without a class, never in files
 _IGNORE_INDEX_16_BIT = 65535  # where 255 is the label of a class
 
+_MOST_CLASSES = 2**15 - 1  # labels are int16
+_LONGEST_NAME = 200  # legends have it in one line
+
 # What a file holds at the pixels of a class: an id, or a colour.
 Code = int | tuple[int, int, int]
 
@@ -85,7 +88,7 @@ def classes_of_checkpoint(checkpoint: dict, path: str | Path) -> Classes:
     """
     try:
         return classes_of_meta(_dataset_meta(checkpoint))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f'{path} does not say what its classes are: {_HELP}') from error
 
 
@@ -93,14 +96,29 @@ def classes_of_meta(meta: Mapping) -> Classes:
     """Return the classes of a data set's ``metainfo``.
 
     Raises:
-        KeyError, TypeError, ValueError: It has none, or not a colour and a code for each.
+        KeyError, TypeError, ValueError, OverflowError: It has none, or not a colour and a code for each.
     """
     names = tuple(str(name).strip() for name in meta['classes'])
     palette = tuple((int(red), int(green), int(blue)) for red, green, blue in meta['palette'])
     codes = codes_of_meta(meta, len(names))
-    if not names or not len(names) == len(palette) == len(codes):
+    if not 0 < len(names) == len(palette) == len(codes) <= _MOST_CLASSES:
         raise ValueError(f'{len(names)} classes, {len(palette)} colours, {len(codes)} codes')
+    if longest := next((name for name in names if len(name) > _LONGEST_NAME), None):
+        raise ValueError(f'a class is called {longest[:20]}…, {len(longest)} characters')
+    are_colours = isinstance(codes[0], tuple)
+    if not _are_colours(palette) or not (_are_colours(codes) if are_colours else _are_ids(codes)):
+        raise ValueError('a colour or a code is out of range')
     return Classes(names, palette, codes)
+
+
+def _are_colours(values: Sequence) -> bool:
+    return all(
+        isinstance(value, tuple) and len(value) == 3 and 0 <= min(value) <= max(value) <= 255 for value in values
+    )
+
+
+def _are_ids(values: Sequence) -> bool:
+    return all(isinstance(value, int) and 0 <= value <= 65535 for value in values)  # see Classes.encode
 
 
 def check_same_classes(checkpoint: dict, path: str | Path, names: Sequence[str]) -> None:
@@ -144,15 +162,18 @@ def codes_of_checkpoint(checkpoint: dict, num_classes: int) -> tuple[Code, ...]:
     """Return the codes of a checkpoint's data set, see :func:`codes_of_meta`; none if it does not have that many."""
     try:
         codes = codes_of_meta(_dataset_meta(checkpoint), num_classes)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return ()
     return codes if len(codes) == num_classes else ()
 
 
 def _dataset_meta(checkpoint: dict) -> dict:
+    """Return what a checkpoint says about its data set; of mmseg 0.x that is names and colours."""
     meta = checkpoint.get('meta')
-    meta = meta.get('dataset_meta') if isinstance(meta, dict) else None
-    return meta if isinstance(meta, dict) else {}
+    if not isinstance(meta, dict):
+        return {}
+    found = meta.get('dataset_meta') or {key: meta.get(key.upper()) for key in ('classes', 'palette')}
+    return found if isinstance(found, dict) else {}
 
 
 def read_classes(source: str | Path) -> Classes:

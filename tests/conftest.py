@@ -15,6 +15,8 @@ from mmengine.registry import init_default_scope
 from PIL import Image
 from support import ROOT, TINY_CONFIG
 
+os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')  # tests import onnxruntime themselves, too
+
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.data.mini_ade20k import make_mini_ade20k
 from mmseg_inceptionnext.training.options import TrainOptions

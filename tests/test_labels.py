@@ -3,7 +3,7 @@ import pytest
 from mmseg.utils import ade_classes, ade_palette
 
 from mmseg_inceptionnext import UserError
-from mmseg_inceptionnext.labels import check_num_classes, classes_of_checkpoint, read_classes
+from mmseg_inceptionnext.labels import check_num_classes, check_same_classes, classes_of_checkpoint, read_classes
 
 
 def test_ade20k_is_mmsegs():
@@ -43,10 +43,13 @@ def test_files_that_do_not_do(tmp_path, content, message):
 
 @pytest.mark.parametrize(
     'checkpoint',
-    [{}, {'meta': {}}, {'meta': None}, {'meta': {'dataset_meta': None}}, *(
+    [{}, {'meta': {}}, {'meta': None}, {'meta': {'dataset_meta': None}}, {'meta': {'CLASSES': None, 'PALETTE': None}},
+     {'meta': {'CLASSES': ['a']}}, *(
         {'meta': {'dataset_meta': meta}}
         for meta in (dict(classes=['a']), dict(classes=['a'], palette=[]), dict(classes=['a'], palette=['x']),
-                     dict(classes=5, palette=5))
+                     dict(classes=5, palette=5), dict(classes=['a'], palette=[[0, 0, 256]]),
+                     dict(classes=['a'], palette=[[0, 0, 0]], codes=[70000]),
+                     dict(classes=['a'], palette=[[0, 0, float('inf')]]))
     )],
 )  # fmt: skip
 def test_a_checkpoint_without_classes_is_not_guessed(checkpoint):
@@ -59,6 +62,16 @@ def test_of_a_checkpoint():
     classes = classes_of_checkpoint({'meta': {'dataset_meta': meta}}, 'x.pth')
     assert (classes.names, classes.palette) == (('a', 'b'), ((1, 2, 3), (4, 5, 6)))
     assert not classes.reduce_zero_label
+
+
+def test_of_a_checkpoint_of_mmseg_0():
+    old = {'meta': dict(mmseg_version='0.30.0', CLASSES=('a', 'b'), PALETTE=np.array([[1, 2, 3], [4, 5, 6]]))}
+    new = {'meta': dict(dataset_meta=dict(classes=('a', 'b'), palette=[[1, 2, 3], [4, 5, 6]]))}
+    assert classes_of_checkpoint(old, 'x.pth') == classes_of_checkpoint(new, 'x.pth')
+    both = {'meta': new['meta'] | dict(CLASSES=('c',), PALETTE=[[0, 0, 0]])}
+    assert classes_of_checkpoint(both, 'x.pth').names == ('a', 'b')
+    with pytest.raises(UserError, match="'a' is 'b' here, and all are in another order"):
+        check_same_classes(old, 'x.pth', ('b', 'a'))
 
 
 def test_another_number_than_the_models():

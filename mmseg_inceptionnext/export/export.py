@@ -27,7 +27,16 @@ from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.export.exportable import ExportableSegmentor, threshold_of
 from mmseg_inceptionnext.files import atomic_write
 from mmseg_inceptionnext.images import read_image, swap_rgb
-from mmseg_inceptionnext.inference.onnx_model import Contract, OnnxModel, check_resize, import_onnx, is_onnx, two_logits
+from mmseg_inceptionnext.inference.onnx_model import (
+    MOST_PIXELS,
+    Contract,
+    OnnxModel,
+    check_resize,
+    foreign_operators,
+    import_onnx,
+    is_onnx,
+    two_logits,
+)
 from mmseg_inceptionnext.inference.segmentor import load_trained
 from mmseg_inceptionnext.models.build import LARGEST_STRIDE, channels_of, heads_of
 from mmseg_inceptionnext.version import __version__
@@ -97,6 +106,8 @@ def export(
             import_onnx(name)
     if min(shape) < LARGEST_STRIDE:
         raise UserError(f'shape={tuple(shape)}: no side may be shorter than {LARGEST_STRIDE}')
+    if shape[0] * shape[1] > MOST_PIXELS:
+        raise UserError(f'shape={tuple(shape)}: these are more than {MOST_PIXELS} pixels')
     if verify + len(images) < 1:
         raise UserError('there is no image to compare on: pass verify=1 or more, or images=FILE')
     device = find_device(device)
@@ -218,6 +229,10 @@ def _write_onnx(program: ExportedProgram, contract: Contract, path: Path) -> Cal
             f'the ONNX exporter of torch {torch.__version__} cannot write this segmentor: take a newer torch '
             '(2.14 can), or write a .pt2'
         ) from error
+    if foreign := foreign_operators(model):
+        raise UserError(
+            f'this segmentor needs the ONNX operator {foreign[0]}, which is not run from a file: write a .pt2'
+        )
     _name_sizes(model, contract)
     for part in (model.graph, *model.graph.node, *model.functions):
         part.ClearField('doc_string')

@@ -1,10 +1,18 @@
-"""Run an exported ONNX file in ONNX Runtime in the place of a segmentor."""
+"""Run an exported ONNX file in ONNX Runtime in the place of a segmentor.
+
+Such files come from others, too. Everything in them is checked when they are opened, and what they return is checked
+after each run: see SECURITY.md.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +33,26 @@ DTYPES = {'uint8': 'tensor(uint8)', 'float32': 'tensor(float)'}  # input dtypes,
 _PREPARATIONS = {'Resize': {'scale', 'keep_ratio'}, 'ResizeToMultiple': {'size_divisor'}}
 _FORMAT = 'mmseg_inceptionnext 1'
 
+# What torch's exporter writes for the recipes, the baselines and mmseg's own models, and the like for other activations
+# and norms: functions of dense tensors alone. No control flow, strings, sequences or random numbers: a graph is a list
+# of steps, and ends.
+_OPERATORS = """
+    Abs Add And ArgMax AveragePool BatchNormalization Cast Ceil Clip Concat Constant Conv ConvTranspose CumSum
+    DepthToSpace Div Einsum Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm
+    GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual GroupNormalization HardSigmoid HardSwish Identity
+    InstanceNormalization LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max MaxPool Min Mish Mod
+    Mul Neg Not Or PRelu Pad Pow Range Reciprocal ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
+    Relu Reshape Resize Round ScatterND Shape Sigmoid Sign Slice Softmax Softplus SpaceToDepth Split Sqrt Squeeze Sub
+    Sum Tanh Tile TopK Transpose Unsqueeze Where
+"""
+# Beyond what a test pipeline or a network asks for: there for files that would take all memory, or hours to be read.
+MOST_PIXELS = 2**26  # 8192×8192
+_LARGEST_DIVISOR = 1024
+_MOST_RESIZES = 8
+_MOST_CHARACTERS = 2**22  # of metadata: 32767 classes
+_MOST_NODES = 2**16
+_LARGEST_FILE = 2**31 - 1  # what protobuf reads
+
 
 def two_logits(logits: Tensor, threshold: float) -> Tensor:
     """Return (N, 2, H, W) whose argmax is 1 where the probability of (N, 1, H, W) is above a threshold."""
@@ -40,9 +68,12 @@ def is_onnx(path: str | Path) -> bool:
 def import_onnx(name: str) -> ModuleType:
     """Import the package 'onnx', 'onnxruntime' or 'onnxscript'.
 
+    ONNX Runtime's wheels report each session to Microsoft unless this variable is set before they are imported.
+
     Raises:
         UserError: It is not installed.
     """
+    os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
     try:
         return import_module(name)
     except ImportError as error:
@@ -105,11 +136,13 @@ class Contract:
         if metadata.get('format') != _FORMAT:
             raise UserError(f'{path} was not exported by tools/export.py, or by another version of it: export it again')
         try:
+            if sum(map(len, metadata.values())) > _MOST_CHARACTERS:
+                raise ValueError('they are too long')
             facts = {key: json.loads(text) for key, text in metadata.items() if key != 'format'}
             taken = facts['input']
             if taken['dtype'] not in DTYPES or facts['output'] not in ('labels', 'logits'):
                 raise ValueError('unknown values')
-            return cls(
+            contract = cls(
                 classes=classes_of_meta(facts),
                 labels=facts['output'] == 'labels',
                 dtype=taken['dtype'],
@@ -120,10 +153,21 @@ class Contract:
                 channels=3 if taken['channels'] == 'RGB' else int(taken['channels']),
                 threshold=None if facts.get('threshold') is None else float(facts['threshold']),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f'{path}: its metadata are damaged ({type(error).__name__}: {error}): export it again'
-            ) from error
+            if len(contract.prepare) > _MOST_RESIZES:
+                raise ValueError(f'{len(contract.prepare)} resize transforms')
+            if contract.threshold is not None and not (
+                0 <= contract.threshold <= 1 and len(contract.classes.names) > 1
+            ):
+                raise ValueError(f'threshold {contract.threshold} for {len(contract.classes.names)} classes')
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            reason = f'{type(error).__name__}: {error}'[:200]
+            raise UserError(f'{path}: its metadata are damaged ({reason}): export it again') from error
+        return contract
+
+    def shapes(self, n: int | None, height: int | None, width: int | None) -> tuple[list, list]:
+        """Return the shapes of an input of n images and of its output; None stands for what is dynamic."""
+        maps = [] if self.labels else [len(self.classes.names) if self.threshold is None else 1]
+        return [n, self.channels, height, width], [n, *maps, height, width]
 
     def pipeline(self) -> list[dict]:
         """Return the pipeline from an image in memory, BGR, to what :meth:`OnnxModel.test_step` takes."""
@@ -139,7 +183,9 @@ def check_resize(transform: dict) -> dict:
     kind, arguments = transform['type'], {key: value for key, value in transform.items() if key != 'type'}
     if kind not in _PREPARATIONS or not set(arguments) <= _PREPARATIONS[kind]:
         raise ValueError(f'{kind} with {", ".join(arguments) or "no arguments"}')
-    checks = dict(scale=_pair, keep_ratio=bool, size_divisor=lambda value: _pair((value, value))[0])
+    if kind == 'Resize' and 'scale' not in arguments:
+        raise ValueError('Resize without scale')
+    checks = dict(scale=_pair, keep_ratio=bool, size_divisor=_divisor)
     return dict(type=kind) | {key: checks[key](value) for key, value in arguments.items()}
 
 
@@ -147,7 +193,15 @@ def _pair(values) -> tuple[int, int]:
     first, second = values
     if not all(type(value) is int and value > 0 for value in (first, second)):
         raise ValueError(f'{values} are not two sizes')
+    if first * second > MOST_PIXELS:  # also where the ratio is kept: no side is longer, and the image is inside
+        raise ValueError(f'{first}×{second} are more than {MOST_PIXELS} pixels')
     return first, second
+
+
+def _divisor(value) -> int:
+    if type(value) is not int or not 0 < value <= _LARGEST_DIVISOR:
+        raise ValueError(f'size_divisor {value} is not from 1 to {_LARGEST_DIVISOR}')
+    return value
 
 
 class OnnxModel:
@@ -166,38 +220,77 @@ class OnnxModel:
     """
 
     def __init__(self, path: str | Path):
-        onnx, onnxruntime = import_onnx('onnx'), import_onnx('onnxruntime')
+        onnx, self._runtime = import_onnx('onnx'), import_onnx('onnxruntime')
         self.path = Path(path).expanduser()
-        try:
-            content = self.path.read_bytes()
-        except OSError as error:
-            raise UserError(f'{self.path} cannot be read: {error.strerror}') from error
+        content = self._content()
         try:
             model = onnx.ModelProto.FromString(content)
         except Exception as error:  # protobuf's class differs between releases
             raise UserError(f'{self.path} is truncated, damaged or no ONNX file') from error
         self.contract = Contract.from_metadata({entry.key: entry.value for entry in model.metadata_props}, self.path)
-        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _messages(model, onnx.TensorProto)):
-            raise UserError(
-                f'{self.path} is refused: its weights are in other files: export it again by tools/export.py'
-            )
-        options = onnxruntime.SessionOptions()
+        self._check_graph(model)
+        options = self._runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4
+        _limit_memory()
+        options.add_session_config_entry('session.use_env_allocators', '1')
         try:
-            self._session = onnxruntime.InferenceSession(content, options, providers=['CPUExecutionProvider'])
+            self._session = self._runtime.InferenceSession(
+                content,
+                options,
+                providers=['CPUExecutionProvider'],
+                disabled_optimizers=['ConstantFolding'],  # it would run parts of the graph without the limit
+            )
         except Exception as error:  # ONNX Runtime has a class for every kind of damage
-            raise UserError(f'{self.path} cannot be run by ONNX Runtime: {first_sentence(error)}') from error
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        if len(inputs) != 1 or len(outputs) != 1 or inputs[0].type != DTYPES[self.contract.dtype]:
+            raise UserError(
+                f'{self.path} cannot be run by ONNX Runtime: {first_sentence(error)[:200]}: export it again'
+            ) from error
+        self._check_contract()
+
+    def _content(self) -> bytes:
+        try:
+            size = self.path.stat().st_size
+            if not self.path.is_file() or size > _LARGEST_FILE:
+                raise UserError(f'{self.path} is no file of tools/export.py, but a folder, a device or far too large')
+            return self.path.read_bytes()
+        except OSError as error:
+            raise UserError(f'{self.path} cannot be read: {error.strerror}') from error
+
+    def _check_graph(self, model) -> None:
+        """Check that a graph holds what ``tools/export.py`` writes, and nothing else."""
+        onnx = import_onnx('onnx')
+        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _messages(model, onnx.TensorProto)):
+            why = 'its weights are in other files'
+        elif foreign := foreign_operators(model):
+            why = f'it holds the operator {foreign[0][:100]!r}, which no exported segmentor needs'
+        elif len(model.graph.node) > _MOST_NODES:
+            why = f'its graph has {len(model.graph.node)} nodes, more than {_MOST_NODES}'
+        elif model.functions or len(list(_messages(model, onnx.GraphProto))) > 1:
+            why = 'it holds functions or graphs inside of the graph, which no exported segmentor needs'
+        elif any(_messages(model, onnx.SparseTensorProto)):
+            why = 'it holds sparse tensors, which no exported segmentor needs'
+        else:
+            return
+        raise UserError(f'{self.path} is refused: {why}: export it again by tools/export.py')
+
+    def _check_contract(self) -> None:
+        """Check that input and output are what the metadata say, where the sizes are not dynamic."""
+        n, shape = (1, self.contract.shape) if self.contract.shape else (None, (None, None))
+        types = DTYPES[self.contract.dtype], 'tensor(int64)' if self.contract.labels else DTYPES['float32']
+        expected = list(zip(types, self.contract.shapes(n, *shape), strict=True))
+        values = [*self._session.get_inputs(), *self._session.get_outputs()]
+        # Sizes that are dynamic have a name, or none.
+        found = [(value.type, [size if isinstance(size, int) else None for size in value.shape]) for value in values]
+        if found != expected:
             raise UserError(f'{self.path}: its graph is not what its metadata say: export it again')
-        self._input = inputs[0].name
+        self._input = values[0].name
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Return logits or labels of images (N, 3, H, W), RGB from 0 to 255.
 
         Raises:
-            UserError: The file was exported for another size.
+            UserError: The file was exported for another size, it needs too much memory, or the result has another
+                shape than its metadata say.
         """
         shape = self.contract.shape
         if shape and shape != images.shape[2:]:
@@ -212,10 +305,35 @@ class OnnxModel:
             )
         images = images.astype(self.contract.dtype, copy=False)
         batches = np.split(images, len(images)) if shape else [images]
-        try:
-            return np.concatenate([self._session.run(None, {self._input: batch})[0] for batch in batches])
-        except Exception as error:  # from ONNX Runtime: the file was tampered with
-            raise UserError(f'{self.path} cannot be run by ONNX Runtime: {first_sentence(error)}') from error
+        return np.concatenate([self._run(batch) for batch in batches])
+
+    def _run(self, images: np.ndarray) -> np.ndarray:
+        # In a thread: the main one could not handle a signal before ONNX Runtime returns, which a large graph may put
+        # off for hours. Told to terminate, it returns after the operator that is running.
+        options = self._runtime.RunOptions()
+        with ThreadPoolExecutor(1) as thread:
+            run = thread.submit(self._session.run, None, {self._input: images}, options)
+            try:
+                (result,) = run.result()
+            except KeyboardInterrupt:
+                options.terminate = True
+                raise
+            except Exception as error:  # from ONNX Runtime
+                if 'alloc' in str(error).lower():  # that of the arena, or std::bad_alloc
+                    raise UserError(
+                        f'{self.path} needs more memory for {images.shape[3]}×{images.shape[2]} pixels than there is: '
+                        'take smaller images, or export it again'
+                    ) from error
+                raise UserError(
+                    f'{self.path} cannot be run by ONNX Runtime: {first_sentence(error)[:200]}: export it again'
+                ) from error
+        _, expected = self.contract.shapes(len(images), *images.shape[2:])
+        if list(result.shape) != expected:
+            raise UserError(
+                f'{self.path} returns values of shape {result.shape}, not {tuple(expected)} as its metadata say: '
+                'export it again'
+            )
+        return result
 
     def test_step(self, data: dict) -> list[SegDataSample]:
         """Predict label maps as :class:`~mmseg_inceptionnext.LabelMapSegmentor` does.
@@ -228,11 +346,16 @@ class OnnxModel:
 
         Returns:
             The samples, with ``pred_sem_seg`` (1, height, width), int64.
+
+        Raises:
+            UserError: As :meth:`run`; or logits are not finite, or a label is that of no class.
         """
         images = torch.stack(list(data['inputs']))
         if self.contract.channels == 3:
             images = images.flip(1)
-        results = torch.from_numpy(self.run(images.numpy()))
+        results = self.run(images.numpy())
+        self._check_values(results)
+        results = torch.from_numpy(results)
         for result, sample in zip(results, data['data_samples'], strict=True):
             if self.contract.labels:
                 size = sample.metainfo['ori_shape'][:2]
@@ -243,6 +366,41 @@ class OnnxModel:
                 label = label_map(result, tuple(images.shape[2:]), sample.metainfo, self.contract.align_corners)
             sample.set_data({'pred_sem_seg': PixelData(data=label)})
         return data['data_samples']
+
+    def _check_values(self, results: np.ndarray) -> None:
+        smallest, largest = results.min(), results.max()
+        if self.contract.labels and not 0 <= smallest <= largest < len(self.contract.classes.names):
+            raise UserError(
+                f'{self.path} returns labels from {smallest} to {largest}, but has {len(self.contract.classes.names)} '
+                'classes: export it again'
+            )
+        if not (np.isfinite(smallest) and np.isfinite(largest)):  # of NaN, both are NaN
+            precision = " with precision='fp32'" if self.contract.precision == 'fp16' else ''  # where numbers overflow
+            raise UserError(f'{self.path} returns logits that are not finite numbers: export it again{precision}')
+
+
+def foreign_operators(model) -> list[str]:
+    """Return the operators of an ONNX model that :class:`OnnxModel` does not run, each as domain.name."""
+    found = {f'{node.domain}.{node.op_type}'.removeprefix('.') for node in model.graph.node}
+    return sorted(found - set(_OPERATORS.split()))
+
+
+@cache
+def _limit_memory() -> None:
+    """Give all our sessions of this process together at most three quarters of the memory that it can have.
+
+    A graph of a kilobyte can ask for any amount. ONNX Runtime takes a limit for the whole process only.
+    """
+    if not hasattr(os, 'sysconf'):  # Windows
+        limit = 0  # none
+    else:
+        limit = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+        with suppress(OSError, ValueError):  # not in a container, or 'max'
+            limit = min(limit, int(Path('/sys/fs/cgroup/memory.max').read_text()))
+    runtime = import_onnx('onnxruntime')
+    kind = runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    where = runtime.OrtMemoryInfo('Cpu', kind, 0, runtime.OrtMemType.DEFAULT)
+    runtime.create_and_register_allocator(where, runtime.OrtArenaCfg({'max_mem': 3 * limit // 4}))
 
 
 def _messages(message, kind: type) -> Iterator:

@@ -19,7 +19,7 @@ from mmseg.models.segmentors import EncoderDecoder
 from PIL import Image
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
-from mmseg_inceptionnext.config_files import read_config, require, without_scope
+from mmseg_inceptionnext.config_files import find_config, read_config, require, without_scope
 from mmseg_inceptionnext.data.pipeline import leaf_datasets, pipeline_for_arrays
 from mmseg_inceptionnext.device import find_device
 from mmseg_inceptionnext.drawing import add_legend, draw_overlay
@@ -110,6 +110,8 @@ class Segmentor:
         print(result.area('road'))
         result.overlay(legend=True).save('out.png')
 
+    It can be copied and pickled, such as for a worker process: that reads the files again.
+
     Args:
         config: Path of a config, name of a shipped one ('upernet/inceptionnext_t'), or a config. Or path of an .onnx
             file of ``tools/export.py``, which replaces config and checkpoint; ONNX Runtime runs it on the CPU.
@@ -139,7 +141,24 @@ class Segmentor:
     ):
         if checkpoint is None:
             self._open_onnx(config, device, classes)
-            return
+        else:
+            self._open_trained(config, checkpoint, device, classes, fast)
+        if isinstance(config, Config):
+            config = copy.deepcopy(config)
+        else:
+            config = (find_config(config) if checkpoint else Path(config).expanduser()).absolute()
+        if checkpoint is not None:
+            checkpoint = Path(checkpoint).expanduser().absolute()
+        if classes not in (None, 'ade20k'):
+            classes = Path(classes).absolute()
+        self._arguments = config, checkpoint, device, classes, fast
+
+    def __reduce__(self) -> tuple:
+        """Pickle and copy what it was made from; the files are read again where it is unpickled, by the rules there."""
+        return type(self), self._arguments
+
+    def _open_trained(self, config: str | Path | Config, checkpoint: str | Path, device: str | torch.device | None,
+                      classes: str | Path | None, fast: bool) -> None:  # fmt: skip
         self.device = find_device(device)
         cfg, model, self.classes = load_trained(config, checkpoint, classes)
         self.channels = channels_of(model)

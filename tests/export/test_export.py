@@ -18,6 +18,7 @@ from support import ROOT, TINY_CONFIG, TINY_UPERNET, assert_user_error, segmento
 from mmseg_inceptionnext import Segmentor, UserError
 from mmseg_inceptionnext.config import find_config
 from mmseg_inceptionnext.export.export import export, mmseg_logits, resize_transforms
+from mmseg_inceptionnext.inference import onnx_model
 from mmseg_inceptionnext.inference.onnx_model import OnnxModel
 from mmseg_inceptionnext.inference.segmentor import load_trained
 
@@ -228,6 +229,16 @@ def test_a_file_that_deviates_is_not_kept(checkpoints, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ['model.onnx'] and out.read_text() == 'what was there'
 
 
+@needs_onnx_exporter
+def test_an_operator_that_is_not_run_from_a_file_is_not_written(checkpoints, tmp_path, monkeypatch):
+    """What is written can be opened: the same operators are allowed."""
+    allowed = onnx_model._OPERATORS.replace('Resize', '')
+    monkeypatch.setattr(onnx_model, '_OPERATORS', allowed)
+    with pytest.raises(UserError, match='needs the ONNX operator Resize, which is not run from a file: write a .pt2'):
+        export(TINY_CONFIG, checkpoints['fpn'], tmp_path / 'model.onnx', (64, 64), verify=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_torch_that_cannot_write_it(checkpoints, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise torch.onnx.OnnxExporterError('as of torch 2.6, a page long')
@@ -273,8 +284,8 @@ def test_foreign_and_damaged_files(fixed, tmp_path):
         Segmentor(changed(fixed, out, lambda model: setattr(model.metadata_props[at], 'value', other)))
     with pytest.raises(UserError, match='its weights are in other files'):
         Segmentor(changed(fixed, out, refer_to_another_file))
-    with pytest.raises(UserError, match='cannot be run by ONNX Runtime'):
-        Segmentor(changed(fixed, out, lambda model: setattr(model.graph.node[0], 'op_type', 'System')))
+    with pytest.raises(UserError, match='cannot be run by ONNX Runtime: .*: export it again'):
+        Segmentor(changed(fixed, out, lambda model: setattr(model.graph.node[0], 'op_type', 'Einsum')))
     with pytest.raises(UserError, match='its graph is not what its metadata say'):
         Segmentor(changed(fixed, out, lambda model: model.graph.output.append(model.graph.output[0])))
 
@@ -284,6 +295,8 @@ def test_mistakes(checkpoints, fixed, tool_here, tmp_path, monkeypatch):
     command = ('export', TINY_CONFIG, checkpoints['fpn'])
     assert_user_error(tool_here(*command, '--out', 'x.pb'), 'x.pb: the file name must end', 'in .onnx or .pt2')
     assert_user_error(tool_here(*command, '--out', 'x.onnx', '--shape', 64, 31), '--shape 64 31: no side')
+    large = tool_here(*command, '--out', 'x.onnx', '--shape', 8192, 8193)
+    assert_user_error(large, '--shape 8192 8193: these are more than 67108864 pixels')
     nothing = tool_here(*command, '--out', 'x.onnx', '--verify', 0)
     assert_user_error(nothing, 'no image to compare on: pass --verify 1 or more')
     assert_user_error(tool_here(*command, '--out', 'x.onnx', '--verify', 'x'), 'not a whole number')
@@ -310,4 +323,17 @@ def test_every_recipe(family, arch, dynamic, tmp_path):
     path = find_config(f'{family}/inceptionnext_{arch}')
     shape = (64, 96) if dynamic else (512, 512)
     verified = export(path, checkpoint_of(path, tmp_path), tmp_path / 'm.onnx', shape, dynamic=dynamic, verify=2)
+    assert verified.error < 1e-4
+
+
+@pytest.mark.slow
+@needs_onnx_exporter
+@pytest.mark.parametrize(
+    'name', ['fpn/resnet_50', 'fpn/resnext_101_32x4d', 'fpn/pvt_s', 'fpn/poolformer_s24', 'upernet/convnext_t',
+             'upernet/swin_t'],
+)  # fmt: skip
+def test_every_baseline(name, tmp_path):
+    """Their operators are run from a file, too."""
+    path = find_config(f'baselines/{name}')
+    verified = export(path, checkpoint_of(path, tmp_path), tmp_path / 'm.onnx', (64, 96), verify=1)
     assert verified.error < 1e-4

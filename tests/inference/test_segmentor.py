@@ -1,5 +1,8 @@
 """The Python API: the predictions of tools/test.py, from whatever holds an image."""
 
+import copy
+import multiprocessing
+import pickle
 import shutil
 
 import numpy as np
@@ -8,7 +11,7 @@ import torch
 from PIL import Image
 from support import ROOT, TINY_CONFIG
 
-from mmseg_inceptionnext import Segmentation, Segmentor, UserError
+from mmseg_inceptionnext import Segmentation, Segmentor, UserError, trusting_checkpoints
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.config import find_config, load_config, read_config
 from mmseg_inceptionnext.evaluation import evaluate
@@ -68,6 +71,70 @@ def test_classes_are_asked_for_never_guessed(trained, paths, tmp_path):
     (tmp_path / 'two.txt').write_text('a\nb\n')
     with pytest.raises(UserError, match='two.txt names 2 classes, but the model has 150'):
         Segmentor(TINY_CONFIG, tmp_path / 'bare.pth', classes=tmp_path / 'two.txt')
+
+
+def test_classes_of_a_checkpoint_of_mmseg_0(trained, segmentor, paths, tmp_path):
+    content = read_checkpoint(trained)
+    said = content['meta'].pop('dataset_meta')
+    content['meta'] |= dict(CLASSES=said['classes'], PALETTE=said['palette'])
+    torch.save(content, tmp_path / 'old.pth')
+    old = Segmentor(TINY_CONFIG, tmp_path / 'old.pth', device='cpu')
+    assert old.classes == segmentor.classes
+    assert np.array_equal(old(paths[0]).labels, segmentor(paths[0]).labels)
+
+
+@pytest.mark.parametrize('fast', [False, True], ids=['plain', 'fast'])
+def test_copies_predict_the_same(trained, paths, tmp_path, monkeypatch, fast):
+    """Also where the relative paths that it was made from would lead elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(trained, 'model.pth')
+    (tmp_path / 'names.txt').write_text('\n'.join(f'class {i}' for i in range(150)))
+    (tmp_path / 'config.py').write_text(f'_base_ = {str(TINY_CONFIG)!r}\n')
+    segmentor = Segmentor('config.py', 'model.pth', 'cpu', 'names.txt', fast)
+    expected = segmentor(paths[0])
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    for other in (pickle.loads(pickle.dumps(segmentor)), copy.deepcopy(segmentor)):
+        assert other.classes == segmentor.classes and other.device == segmentor.device
+        assert np.array_equal(other(paths[0]).labels, expected.labels)
+    from_a_config = Segmentor(read_config(TINY_CONFIG), trained, 'cpu', fast=fast)
+    assert np.array_equal(pickle.loads(pickle.dumps(from_a_config))(paths[0]).labels, expected.labels)
+    by_name = Segmentor.__new__(Segmentor)
+    monkeypatch.setattr(Segmentor, '_open_trained', lambda *_: None)
+    by_name.__init__('mini/fpn_inceptionnext_a', 'model.pth')
+    assert by_name.__reduce__()[1][0].samefile(ROOT / 'configs' / 'mini' / 'fpn_inceptionnext_a.py')
+
+
+def test_a_worker_process_predicts_the_same(segmentor, paths):
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        (result,) = pool.map(segmentor, paths[:1])
+    assert np.array_equal(result.labels, segmentor(paths[0]).labels)
+
+
+class Code:
+    ran = False
+
+    def __reduce__(self):
+        return run_code, ()
+
+
+def run_code() -> str:
+    Code.ran = True
+    return 'code'
+
+
+def test_a_copy_obeys_the_rules_of_the_process_that_makes_it(trained, tmp_path):
+    torch.save(read_checkpoint(trained) | dict(code=Code()), tmp_path / 'code.pth')
+    with trusting_checkpoints():
+        content = pickle.dumps(Segmentor(TINY_CONFIG, tmp_path / 'code.pth', device='cpu'))
+        assert Code.ran
+        Code.ran = False
+        pickle.loads(content)
+        assert Code.ran
+    Code.ran = False
+    with pytest.raises(UserError, match='code.pth is refused: it wants to run'):
+        pickle.loads(content)
+    assert not Code.ran
 
 
 def test_mistakes(trained, segmentor, tmp_path):
