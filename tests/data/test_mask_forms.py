@@ -1,6 +1,7 @@
 """Every form in which a file holds a mask is read as it is stored or refused: by the check, in training, in a test."""
 
 import contextlib
+import copy
 import os
 import re
 import shutil
@@ -21,7 +22,9 @@ from mmseg_inceptionnext import UserError
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.data.check import check_data
 from mmseg_inceptionnext.data.draft import draft_data_file
+from mmseg_inceptionnext.data.guard import CurrentFiles, guard_pipelines
 from mmseg_inceptionnext.data.inspection import inspect_data
+from mmseg_inceptionnext.data.pipeline import read_images_safely
 
 SIZE = (48, 64)
 LABELS = (np.arange(SIZE[1])[None] + np.zeros((SIZE[0], 1), int)) // 16 % 4  # four stripes, 0 … 3
@@ -280,6 +283,25 @@ def test_a_draft_of_masks_compressed_with_loss_is_refused(tmp_path):
     write(tmp_path, saved(grey(), 'JPEG'))
     with pytest.raises(UserError, match=rf'annotations/training/0\.png is stored as JPEG.*{LOSSY}'):
         draft_data_file(tmp_path)
+
+
+@pytest.mark.parametrize('kind', ['mmseg', 'ids'])
+@pytest.mark.parametrize('size', [(20000, 10), (10, 20000), (20000, 2), (1, 64), (64, 1), (1, 1)], ids=str)
+def test_a_run_says_of_a_thin_image_what_the_check_says(size, kind, prepared):
+    root, cfg = prepared[kind]
+    write(root, saved(Image.new('L', size)), saved(Image.new('RGB', size), 'JPEG'))
+    wrong = {name: split.wrong for name, split in inspect_data(cfg).splits.items()}
+    for checked, split in (('train', 'train'), ('val', 'test')):
+        ((file, reason),) = (tuple(entry.values()) for entry in wrong[checked])
+        assert file.endswith('0.jpg') and reason.endswith('leave it out')
+        dataset_cfg = copy.deepcopy(cfg[f'{split}_dataloader'].dataset)
+        read_images_safely(dataset_cfg)  # as a run does
+        dataset = DATASETS.build(dict(dataset_cfg, serialize_data=False))
+        guard_pipelines(dataset, CurrentFiles(0), None)
+        with pytest.raises(UserError) as error:
+            dataset[0]
+        sizes = re.compile(r'\d+×\d+: crop')  # by a random scale in training
+        assert sizes.sub('', str(error.value)) == sizes.sub('', f'{file} {reason}')
 
 
 def test_pipes_and_folders_in_the_place_of_files_are_named(tmp_path, tool_here):
