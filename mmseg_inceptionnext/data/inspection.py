@@ -22,6 +22,7 @@ from mmseg_inceptionnext.data.class_weights import keep_counts
 from mmseg_inceptionnext.data.ignore_index import use_one_ignore_index
 from mmseg_inceptionnext.data.lossy_masks import draw_lossy
 from mmseg_inceptionnext.data.mask_dataset import MaskDataset
+from mmseg_inceptionnext.data.mask_palettes import MaskPalettes
 from mmseg_inceptionnext.data.pipeline import leaf_datasets, missing_ground_truth, remove_ground_truth
 from mmseg_inceptionnext.data.read_pairs import Pair, pair_reader
 from mmseg_inceptionnext.data.sampling import evenly_spread
@@ -111,6 +112,7 @@ class _Source:
     def __init__(self, dataset: BaseSegDataset, pipeline: Sequence[dict], sample: dict):
         self.names = [name.strip() for name in dataset.metainfo['classes']]
         self.scale = _smallest_scale(pipeline)
+        self.palettes = MaskPalettes(dataset.metainfo.get('palette') or ())
         self.channels = next((t['channels'] for t in pipeline if 'channels' in t), 3)
         self.mask_coding = dataset.coding if isinstance(dataset, MaskDataset) else None
         if self.mask_coding:
@@ -196,6 +198,7 @@ def inspect_data(
     first: dict[str, dict[bytes, str]] = {name: {} for name in found.splits}
     sources = list(dict.fromkeys((name, source) for name, source, *_ in jobs))
     sizes: dict[str, list[tuple[int, int]]] = {name: [] for name in found.splits}
+    turned: dict[str, list[str]] = {name: [] for name in found.splits}
     lossy: dict[str, list[str]] = {name: [] for name in found.splits}
     with pair_reader(workers) as read:
         results = zip(jobs, read([source.reading(*files) for _, source, *files in jobs]), strict=True)
@@ -211,6 +214,12 @@ def inspect_data(
             if pair.lossy:
                 lossy[name].append(annotation)
             if pair.counts is not None:
+                # Of an image that is on its side, another size would tell.
+                if pair.orientation > 1 and (pair.orientation < 5 or pair.size[0] == pair.size[1]):
+                    turned[name].append(image)
+                if pair.palette:
+                    labels = dict(zip(pair.counts, source.labels_of(pair.counts), strict=True))
+                    source.palettes.add(annotation, pair.palette, labels)
                 if source.mask_coding:
                     source.unnamed.add(image, annotation, pair.counts)
                 else:
@@ -239,6 +248,8 @@ def inspect_data(
     found.warnings = [
         *_split_warnings(found),
         *(line for c in codings.values() for line in coding_warnings(c)),
+        *(_turned_warning(name, images) for name, images in turned.items() if images),
+        *(f'{name}: {line}' for name, source in sources for line in source.palettes.warnings()),
     ]
     found.ok = not found.problems and not any(split.wrong for split in found.splits.values())
     if found.ok and sample is None and 'train' in found.splits:
@@ -421,6 +432,14 @@ def _split_warnings(found: Inspection) -> Iterator[str]:
             f'{_number(len(found.duplicates))} images are both in the training data and held out: {pairs}'
             f'{"; …" if len(found.duplicates) > 3 else ""}'
         )
+
+
+def _turned_warning(name: str, images: list[str]) -> str:
+    return (
+        f'{name}: {_number(len(images))} images have an EXIF orientation, by which they are mirrored or turned when '
+        f'they are read, such as {", ".join(images[:3])}; their masks are taken as they are stored, and sizes do not '
+        'tell whether they fit: look at some'
+    )
 
 
 def _number(count: int) -> str:
