@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -42,18 +42,23 @@ def draw_comparison(image: np.ndarray, truth: np.ndarray | None, prediction: np.
     """
     maps = {'prediction': prediction} if truth is None else {'truth': truth, 'prediction': prediction}
     panels = {'image': image, **{title: draw_overlay(image, labels, palette) for title, labels in maps.items()}}
-    height, width = image.shape[:2]
-    total = len(panels) * (width + _GAP) - _GAP
+    present = [label for label in np.unique(np.stack([*maps.values()])) if 0 <= label < len(classes)]
+    return add_legend(draw_panels(panels), present, classes, palette, _text_size(len(image)))
+
+
+def draw_panels(panels: Mapping[str, np.ndarray]) -> Image.Image:
+    """Draw pictures of one height, (H, W, 3) uint8, side by side, each below its title."""
+    height = len(next(iter(panels.values())))
     size = _text_size(height)
     font, line = ImageFont.load_default(size), size + _GAP
-    present = [label for label in np.unique(np.stack([*maps.values()])) if 0 <= label < len(classes)]
+    total = sum(panel.shape[1] + _GAP for panel in panels.values()) - _GAP
     picture = Image.new('RGB', (total, line + height), _PAPER)
-    draw = ImageDraw.Draw(picture)
-    for i, (title, panel) in enumerate(panels.items()):
-        left = i * (width + _GAP)
+    draw, left = ImageDraw.Draw(picture), 0
+    for title, panel in panels.items():
         draw.text((left + 2, _GAP // 2), title, fill=_INK, font=font, anchor='la')
         picture.paste(Image.fromarray(panel), (left, line))
-    return add_legend(picture, present, classes, palette, size)
+        left += panel.shape[1] + _GAP
+    return picture
 
 
 def add_legend(picture: Image.Image, present: Sequence[int], classes: Sequence[str],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
@@ -72,10 +73,9 @@ def read_image(source: str | Path | BytesIO | Image.Image | np.ndarray, channels
         return _not_empty(_pixels(source, channels))
     if not isinstance(source, (str, Path, BytesIO)):
         raise TypeError(f'expected a path, a PIL image or an array, got {type(source).__name__}')
-    if not isinstance(source, BytesIO) and Path(source).exists() and not Path(source).is_file():
-        raise UnreadableFile(f'{source}: a directory, a pipe or a device, not a file')
     try:
-        if channels != 3 and _is_tiff(source):
+        check_is_file(source)
+        if channels != 3 and is_tiff(source):
             return _not_empty(_bands(_tiff_values(source), channels))
         with Image.open(source) as image:
             return _not_empty(_pixels(image, channels))
@@ -95,7 +95,7 @@ def read_picture(source: str | Path | BytesIO) -> np.ndarray:
     try:
         return read_image(source)
     except UnreadableFile:
-        if not _is_tiff(source):
+        if not is_tiff(source):
             raise
         return as_rgb(_tiff_values(source))
 
@@ -106,14 +106,25 @@ def image_size(path: str | Path) -> tuple[int, int]:
     Raises:
         Exception: Of any kind, where it is no image.
     """
+    check_is_file(path)
     try:
         with Image.open(path) as image:
             return oriented_size(image)
     except Image.UnidentifiedImageError:
-        if not _is_tiff(path):
+        if not is_tiff(path):
             raise
         with _tifffile().TiffFile(path) as file:
             return file.pages[0].imagewidth, file.pages[0].imagelength
+
+
+def check_is_file(source: str | Path | BytesIO) -> None:
+    """Check that a path is none of a directory, a pipe, which would be waited for without an end, or a device.
+
+    Raises:
+        UnreadableFile: It is, without its name.
+    """
+    if not isinstance(source, BytesIO) and os.path.exists(source) and not os.path.isfile(source):
+        raise UnreadableFile('a directory, a pipe or a device, not a file')
 
 
 def why_unreadable(error: Exception) -> str:
@@ -131,16 +142,24 @@ def _not_empty(pixels: np.ndarray) -> np.ndarray:
     return pixels
 
 
-def oriented_size(image: Image.Image, size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """Return (width, height) of an image in its EXIF orientation.
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image, which is not decoded yet: 1, as it is, … 8; on its side from 5 on."""
+    stored = image.getexif().get(ExifTags.Base.Orientation)
+    return stored if stored in range(1, 9) else 1
 
-    Args:
-        image: An image, decoded or not.
-        size: Size of the file's pixels, where they were decoded at a smaller one.
-    """
-    width, height = size or image.size
-    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return (height, width) if turned else (width, height)
+
+def oriented_size(image: Image.Image) -> tuple[int, int]:
+    """Return (width, height) of an image, which is not decoded yet, in its EXIF orientation."""
+    width, height = image.size
+    if image.format == 'TIFF' or orientation(image) < 5:  # of a TIFF, Pillow turns the size itself
+        return width, height
+    return height, width
+
+
+def stored_channels(image: Image.Image) -> int:
+    """Return the number of channels of an image's file, those that Pillow would leave out included."""
+    stored = image.tag_v2.get(_SAMPLES_PER_PIXEL, 1) if image.format == 'TIFF' else 1
+    return max(stored, len(image.getbands()))
 
 
 def list_image_files(folder: Path) -> list[Path]:
@@ -166,8 +185,8 @@ def as_rgb(pixels: np.ndarray) -> np.ndarray:
 
 
 def _pixels(image: Image.Image, channels: int) -> np.ndarray:
-    stored = image.tag_v2.get(_SAMPLES_PER_PIXEL, 1) if image.format == 'TIFF' else 0
-    if stored > len(image.getbands()):  # planes that Pillow would leave out
+    stored = stored_channels(image)
+    if stored > len(image.getbands()):
         raise UnreadableFile(f'has {stored} channels that are not colours: set channels={stored}')
     image = ImageOps.exif_transpose(image)
     if channels not in (1, 3):
@@ -199,9 +218,12 @@ def _bands(values: np.ndarray, channels: int) -> np.ndarray:
     return values
 
 
-def _is_tiff(source: str | Path | BytesIO) -> bool:
+def is_tiff(source: str | Path | BytesIO) -> bool:
+    """Return whether a path or the content of a file is a TIFF's."""
     if isinstance(source, BytesIO):
         return source.getvalue()[:4] in _TIFF_BEGINS
+    if not os.path.isfile(source):
+        return False
     with open(source, 'rb') as file:
         return file.read(4) in _TIFF_BEGINS
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mmseg_inceptionnext import UserError
-from mmseg_inceptionnext.images import read_image
+from mmseg_inceptionnext.images import image_size, read_image, read_picture
 
 
 @pytest.fixture
@@ -50,13 +50,15 @@ def test_16_bits_become_8(tmp_path):
     assert np.array_equal(pixels, mmcv.imread(str(tmp_path / 'a.png')))
 
 
+@pytest.mark.parametrize('name', ['a.jpg', 'a.tif'])
 @pytest.mark.parametrize('orientation', range(1, 9))
-def test_turned_as_exif_says(picture, tmp_path, orientation):
+def test_turned_as_exif_says(picture, tmp_path, orientation, name):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = saved(picture, tmp_path / 'a.jpg', 'RGB', exif=exif)
+    path = saved(picture, tmp_path / name, 'RGB', exif=exif)
     pixels = read_image(str(path))
     assert pixels.shape == ((64, 48, 3) if orientation > 4 else (48, 64, 3))
+    assert image_size(path) == pixels.shape[1::-1]
     assert np.array_equal(pixels, mmcv.imread(str(path), channel_order='rgb'))
 
 
@@ -105,8 +107,9 @@ def test_what_cannot_be_read_says_why(tmp_path, how, message):
 def test_neither_folders_nor_pipes_are_images(tmp_path):
     os.mkfifo(tmp_path / 'pipe.jpg')
     for path in (tmp_path, tmp_path / 'pipe.jpg'):
-        with pytest.raises(UserError, match='not a file'):
-            read_image(path)
+        for read in (read_image, read_picture, image_size):
+            with pytest.raises(UserError, match='not a file'):
+                read(path)
 
 
 @pytest.mark.parametrize(

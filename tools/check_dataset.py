@@ -36,7 +36,9 @@ def main() -> None:
     )
     parser.add_argument('--sample', metavar='N', type=positive_int, help='read N pairs of each split (all)')
     parser.add_argument('--json', metavar='FILE', type=output_file, help='write the result')
-    parser.add_argument('--report', metavar='DIR', type=output_folder, help='write pictures of ids that are not named')
+    parser.add_argument(
+        '--report', metavar='DIR', type=output_folder, help='write pictures of ids not named, and of masks with loss'
+    )
     parser.add_argument('--write', metavar='FILE', type=output_file, help='write the data file that the check proposes')
     parser.add_argument(
         '--cfg-options', nargs='+', action=CfgOptions, metavar='KEY=VALUE', help='override parts of the config'

@@ -13,16 +13,16 @@ from mmengine import fileio
 from mmengine.config import Config
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
-from PIL import Image
 
 from mmseg_inceptionnext.config_files import heads
-from mmseg_inceptionnext.data.mask_coding import mask_counts
+from mmseg_inceptionnext.data.mask_coding import mask_counts, named_errors, open_mask
 from mmseg_inceptionnext.data.mask_dataset import MaskDataset
 from mmseg_inceptionnext.data.pipeline import displayed_path, leaf_datasets
 from mmseg_inceptionnext.data.sampling import evenly_spread
 from mmseg_inceptionnext.data.unnamed_codes import UnnamedCodes
-from mmseg_inceptionnext.errors import BadSample, MissingFile, UserError
+from mmseg_inceptionnext.errors import BadSample, MissingFile, UnreadableFile, UserError
 from mmseg_inceptionnext.folders import check_links
+from mmseg_inceptionnext.images import local_or_content
 
 _HOW_TO_GET_ADE20K = (
     'pass data_root=DIR, or unpack ADEChallengeData2016.zip (http://sceneparsing.csail.mit.edu) there; '
@@ -62,24 +62,22 @@ def _check_dataset(dataset_cfg: dict, model_cfg: dict) -> None:
     check_links([s['seg_map_path'] for s in samples if 'seg_map_path' in s])
     for fault in head_faults(model_cfg, len(dataset.metainfo['classes'])):
         raise UserError(fault)
-    if isinstance(dataset, MaskDataset):
-        _check_masks(dataset, [sample for sample in samples if 'seg_map_path' in sample])
+    _check_masks(dataset, [sample for sample in samples if 'seg_map_path' in sample])
 
 
-def _check_masks(dataset: MaskDataset, samples: list[dict]) -> None:
-    """Read a sample of masks: what the data file does not name is an error before anything is trained."""
-    unnamed = UnnamedCodes(dataset.coding)
+def _check_masks(dataset: BaseSegDataset, samples: list[dict]) -> None:
+    """Open a sample of masks: what changes ids, or is not named in the data file, is an error before a training."""
+    unnamed = UnnamedCodes(dataset.coding) if isinstance(dataset, MaskDataset) else None
     for sample in evenly_spread(samples, _SAMPLE):
         path = sample['seg_map_path']
         try:
-            with Image.open(path) as mask:
-                counts = mask_counts(mask, dataset.coding.is_colour)
-        except BadSample as error:
-            raise BadSample(f'{path} {error}') from error
-        except Exception:  # damaged; training names the file, or replaces it if it is asked to
-            continue
-        unnamed.add(sample['img_path'], path, counts)
-    if faults := unnamed.faults():
+            with named_errors(path), open_mask(local_or_content(path, dataset.backend_args)) as mask:
+                if unnamed:
+                    unnamed.add(sample['img_path'], path, mask_counts(mask, dataset.coding.is_colour))
+        except Exception as error:  # damaged: training names the file, or replaces it if it is asked to
+            if isinstance(error, BadSample) and not isinstance(error, UnreadableFile):
+                raise
+    if unnamed and (faults := unnamed.faults()):
         raise UserError(f'{"; ".join(faults)} (a sample was read: `check` reads all)')
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from PIL import Image
 
-from mmseg_inceptionnext.data.mask_coding import colour_of, mask_counts
+from mmseg_inceptionnext.data.mask_coding import colour_of, mask_counts, named_errors, open_mask
 from mmseg_inceptionnext.data.sampling import evenly_spread
 from mmseg_inceptionnext.errors import MissingFile, UserError
 from mmseg_inceptionnext.images import list_image_files
@@ -145,17 +144,14 @@ def _sample_masks(root: Path, layout: _Layout) -> list[Path]:
 
 def _count(masks: list[Path]) -> tuple[bool, dict[int, float]]:
     """Return whether masks hold colours, and the share of the pixels of each id or colour."""
-    with Image.open(masks[0]) as first:
+    with named_errors(masks[0]), open_mask(masks[0]) as first:
         is_colour = len(first.getbands()) > 1
     pixels: Counter[int] = Counter()
     for path in masks:
-        try:
-            with Image.open(path) as mask:
-                pixels.update(mask_counts(mask, is_colour))
-        except Exception as error:
-            raise UserError(f'{path} cannot be read as a mask: {error}') from error
+        with named_errors(path), open_mask(path) as mask:
+            pixels.update(mask_counts(mask, is_colour))
         if is_colour and len(pixels) > _MOST_COLOURS:
-            raise UserError(f'{path}: the masks hold more than {_MOST_COLOURS} colours: those of JPEGs are no classes')
+            raise UserError(f'{path}: the masks hold more than {_MOST_COLOURS} colours, which are no classes then')
     total = sum(pixels.values())
     return is_colour, {number: pixels[number] / total for number in sorted(pixels)}
 

@@ -13,9 +13,10 @@ from mmengine.dataset import Compose
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
+from mmseg_inceptionnext.data.transforms import vanishing_fault
 from mmseg_inceptionnext.errors import UnreadableFile, UserError, one_line
 from mmseg_inceptionnext.files import system_fault
-from mmseg_inceptionnext.images import why_unreadable
+from mmseg_inceptionnext.images import check_is_file, why_unreadable
 
 # What Pillow and OpenCV raise on damaged files, and on images that are too thin to be resized.
 _DAMAGE = (OSError, SyntaxError, EOFError, Image.DecompressionBombError, cv2.error)
@@ -92,6 +93,8 @@ class GuardedPipeline(Compose):
         except UserError:
             raise
         except _DAMAGE as error:
+            if 'ori_shape' in results and (fault := vanishing_fault(results['ori_shape'][::-1], results.get('scale'))):
+                return self._skip(UnreadableFile(f'{results["img_path"]} {fault}'))
             reason = why_unreadable(error).strip().splitlines()[-1]
             return self._skip(UnreadableFile(f'{_culprit(files)} cannot be used: {reason}'))
         except Exception as error:
@@ -132,6 +135,7 @@ def _culprit(files: list[str]) -> str:
 
 def _readable(file: str) -> bool:
     try:
+        check_is_file(file)
         with warnings.catch_warnings(), Image.open(file) as image:
             warnings.simplefilter('ignore')
             image.load()

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from mmcv import rescale_size
 from mmengine.config import Config
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import TRANSFORMS
@@ -21,11 +20,13 @@ from mmseg_inceptionnext.config_files import require
 from mmseg_inceptionnext.data.check import head_faults, list_annotations, list_samples, open_dataset
 from mmseg_inceptionnext.data.class_weights import keep_counts
 from mmseg_inceptionnext.data.ignore_index import use_one_ignore_index
+from mmseg_inceptionnext.data.lossy_masks import draw_lossy
 from mmseg_inceptionnext.data.mask_dataset import MaskDataset
+from mmseg_inceptionnext.data.mask_palettes import MaskPalettes
 from mmseg_inceptionnext.data.pipeline import leaf_datasets, missing_ground_truth, remove_ground_truth
 from mmseg_inceptionnext.data.read_pairs import Pair, pair_reader
 from mmseg_inceptionnext.data.sampling import evenly_spread
-from mmseg_inceptionnext.data.transforms import label_fault
+from mmseg_inceptionnext.data.transforms import label_fault, one_pixel_fault, vanishing_fault
 from mmseg_inceptionnext.data.unnamed_codes import UnnamedCodes, draw_unnamed
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.labels import IGNORE_INDEX, Code
@@ -34,6 +35,7 @@ from mmseg_inceptionnext.labels import IGNORE_INDEX, Code
 _ADE20K_FILES = ('objectInfo150.txt', 'sceneCategories.txt')
 _ADE20K_IMAGES = {'training': 20210, 'validation': 2000}
 _MOST_ALIKE = 5  # files with the same fault that are listed one by one
+_LOSSY_DRAWN = 2  # masks of a split
 
 
 @dataclass
@@ -110,6 +112,7 @@ class _Source:
     def __init__(self, dataset: BaseSegDataset, pipeline: Sequence[dict], sample: dict):
         self.names = [name.strip() for name in dataset.metainfo['classes']]
         self.scale = _smallest_scale(pipeline)
+        self.palettes = MaskPalettes(dataset.metainfo.get('palette') or ())
         self.channels = next((t['channels'] for t in pipeline if 'channels' in t), 3)
         self.mask_coding = dataset.coding if isinstance(dataset, MaskDataset) else None
         if self.mask_coding:
@@ -127,9 +130,9 @@ class _Source:
 
     def faults(self, image: str, annotation: str | None, pair: Pair) -> Iterator[tuple[str, str]]:
         """Yield (file, reason) for each reason why a readable pair cannot be trained on."""
-        if pair.size and self.scale and min(resized := rescale_size(pair.size, self.scale)) < 1:
-            sizes = f'{pair.size[0]}×{pair.size[1]}, which the pipeline resizes to {resized[0]}×{resized[1]}'
-            yield image, f'is {sizes}: crop it, or leave it out'
+        thin = one_pixel_fault(pair.size) if pair.size and annotation else None
+        if thin := thin or pair.size and vanishing_fault(pair.size, self.scale):
+            yield image, thin
         if pair.counts is None or self.mask_coding:
             return
         if pair.palette and self.by_opencv:
@@ -171,7 +174,8 @@ def inspect_data(
         sample: Number of pairs of each split to read, evenly spread over its names. All names are compared anyway.
         progress: Function that wraps the iterator over the pairs, given their number.
         splits: The data to read.
-        report: Folder for pictures of two examples of each id or colour that the data file does not name.
+        report: Folder for pictures of two examples of each id or colour that the data file does not name, and of the
+            first masks that are compressed with loss.
 
     Raises:
         UserError: A data root, a folder or every image of a split is missing, or a process was killed.
@@ -194,6 +198,8 @@ def inspect_data(
     first: dict[str, dict[bytes, str]] = {name: {} for name in found.splits}
     sources = list(dict.fromkeys((name, source) for name, source, *_ in jobs))
     sizes: dict[str, list[tuple[int, int]]] = {name: [] for name in found.splits}
+    turned: dict[str, list[str]] = {name: [] for name in found.splits}
+    lossy: dict[str, list[str]] = {name: [] for name in found.splits}
     with pair_reader(workers) as read:
         results = zip(jobs, read([source.reading(*files) for _, source, *files in jobs]), strict=True)
         for (name, source, image, annotation), pair in progress(results, len(jobs)):
@@ -205,7 +211,15 @@ def inspect_data(
                 sizes[name].append(pair.size)
             if pair.digest and first[name].setdefault(pair.digest, image) is not image:
                 split.duplicates += 1
+            if pair.lossy:
+                lossy[name].append(annotation)
             if pair.counts is not None:
+                # Of an image that is on its side, another size would tell.
+                if pair.orientation > 1 and (pair.orientation < 5 or pair.size[0] == pair.size[1]):
+                    turned[name].append(image)
+                if pair.palette:
+                    labels = dict(zip(pair.counts, source.labels_of(pair.counts), strict=True))
+                    source.palettes.add(annotation, pair.palette, labels)
                 if source.mask_coding:
                     source.unnamed.add(image, annotation, pair.counts)
                 else:
@@ -220,6 +234,10 @@ def inspect_data(
         if name != 'train':
             same = first['train'].keys() & first[name]
             found.duplicates += sorted((first['train'][digest], first[name][digest]) for digest in same)
+    if report:
+        for name, masks in lossy.items():
+            for mask in masks[:_LOSSY_DRAWN]:
+                draw_lossy(mask, report / f'lossy_{name}_{Path(mask).stem}.png')
     for name, source in sources:
         if source.mask_coding:
             found.problems += [f'{name}: {fault}' for fault in source.unnamed.faults()]
@@ -227,7 +245,12 @@ def inspect_data(
             if report:
                 draw_unnamed(source.unnamed, report)
     found.problems = list(dict.fromkeys(found.problems))  # the splits have the same heads
-    found.warnings = [*_split_warnings(found), *(line for c in codings.values() for line in coding_warnings(c))]
+    found.warnings = [
+        *_split_warnings(found),
+        *(line for c in codings.values() for line in coding_warnings(c)),
+        *(_turned_warning(name, images) for name, images in turned.items() if images),
+        *(f'{name}: {line}' for name, source in sources for line in source.palettes.warnings()),
+    ]
     found.ok = not found.problems and not any(split.wrong for split in found.splits.values())
     if found.ok and sample is None and 'train' in found.splits:
         keep_counts(cfg, {name: count['pixels'] for name, count in found.splits['train'].classes.items()})
@@ -409,6 +432,14 @@ def _split_warnings(found: Inspection) -> Iterator[str]:
             f'{_number(len(found.duplicates))} images are both in the training data and held out: {pairs}'
             f'{"; …" if len(found.duplicates) > 3 else ""}'
         )
+
+
+def _turned_warning(name: str, images: list[str]) -> str:
+    return (
+        f'{name}: {_number(len(images))} images have an EXIF orientation, by which they are mirrored or turned when '
+        f'they are read, such as {", ".join(images[:3])}; their masks are taken as they are stored, and sizes do not '
+        'tell whether they fit: look at some'
+    )
 
 
 def _number(count: int) -> str:

@@ -10,13 +10,12 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS, TRANSFORMS
-from PIL import Image
 
 from mmseg_inceptionnext.data.data_file import fill_template
-from mmseg_inceptionnext.data.mask_coding import MaskCoding
+from mmseg_inceptionnext.data.mask_coding import MaskCoding, named_errors, open_mask
 from mmseg_inceptionnext.data.transforms import size_fault
-from mmseg_inceptionnext.errors import BadSample, UnreadableFile, UserError
-from mmseg_inceptionnext.images import IMAGE_SUFFIXES, list_image_files, why_unreadable
+from mmseg_inceptionnext.errors import BadSample, UserError
+from mmseg_inceptionnext.images import IMAGE_SUFFIXES, list_image_files
 
 _MASK_SUFFIXES = ('.png', *(suffix for suffix in IMAGE_SUFFIXES if suffix != '.png'))
 
@@ -143,13 +142,8 @@ class ReadMask(BaseTransform):
 
 def read_mask(path: str, coding: MaskCoding) -> np.ndarray:
     """Return the label map of a mask's file; arguments and errors are those of :class:`ReadMask`."""
-    try:
-        with Image.open(path) as mask:
-            return coding.decode(mask)
-    except BadSample as error:
-        raise BadSample(f'{path} {error}') from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # Pillow's, on damage
-        raise UnreadableFile(f'{path}: {why_unreadable(error)}') from error
+    with named_errors(path), open_mask(path) as mask:
+        return coding.decode(mask)
 
 
 def _check_names_differ(images: list[Path], folder: Path) -> None:

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmseg_inceptionnext.data.mask_coding import mask_counts
+from mmseg_inceptionnext.data.mask_coding import form_fault, lossy_fault, mask_counts
 from mmseg_inceptionnext.data.prefetch import map_ahead
-from mmseg_inceptionnext.data.transforms import THIN_FAULT, channels_fault, depth_fault, size_fault
+from mmseg_inceptionnext.data.transforms import ids_fault, size_fault
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.images import oriented_size, read_image, why_unreadable
+from mmseg_inceptionnext.images import check_is_file, is_tiff, orientation, oriented_size, read_image, why_unreadable
 
 _CHUNK = 4  # pairs that a process takes at once: more are faster, but a killed process leaves more files in question
 
@@ -36,16 +36,20 @@ class Pair:
     Attributes:
         digest: Hash of the image's file; None where it cannot be opened.
         size: (width, height) of the image, in its EXIF orientation; None where it cannot be decoded.
+        orientation: EXIF orientation of the image; 1 where it is read as it is stored.
         counts: Pixels of each value in the annotation's file: ids, or colours as 0xRRGGBB; None without a readable one
             that fits the image.
-        palette: The annotation has a palette, and its values are indices into it.
+        palette: Colour of each value, as 0xRRGGBB, where values are indices into a palette of the annotation.
+        lossy: The annotation is compressed with loss, which is among what is wrong, and can be decoded.
         wrong: What cannot be trained on, as (file, reason).
     """
 
     digest: bytes | None = None
     size: tuple[int, int] | None = None
+    orientation: int = 1
     counts: dict[int, int] | None = None
-    palette: bool = False
+    palette: dict[int, int] | None = None
+    lossy: bool = False
     wrong: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -62,26 +66,34 @@ def read_pair(image: str, annotation: str | None, masks: str | None = None, chan
     with _noting(pair.wrong, image):
         content = _content(image)
         pair.digest = hashlib.blake2b(content, digest_size=16).digest()
-        pair.size = _image_size(content, channels)
+        pair.size, pair.orientation = _image_size(content, channels)
     if annotation is not None:
         with _noting(pair.wrong, annotation), _opened(_content(annotation)) as stored:
-            stored.load()
-            if masks is None and (fault := depth_fault(stored)):
-                raise UserError(fault)
-            if masks is None and len(stored.getbands()) > 1:
-                raise UserError(channels_fault(len(stored.getbands())))
-            if 1 in stored.size:
-                raise UserError(THIN_FAULT)
-            if pair.size and stored.size != pair.size:
-                raise UserError(size_fault(stored.size, image, pair.size))
-            pair.palette = stored.mode == 'P'
-            if stored.mode in ('L', 'P') and masks != 'colours':  # a palette's indices
-                pair.counts = {value: pixels for value, pixels in enumerate(stored.histogram()) if pixels}
-            elif masks is None:  # 1 and 16 bits, cast to 8
-                pair.counts = mask_counts(Image.fromarray(np.asarray(stored).astype(np.uint8)), is_colour=False)
-            else:
-                pair.counts = mask_counts(stored, masks == 'colours')
+            _read_mask(pair, image, stored, masks)
     return pair
+
+
+def _read_mask(pair: Pair, image: str, stored: Image.Image, masks: str | None) -> None:
+    lossy, form = lossy_fault(stored), form_fault(stored)
+    stored.load()
+    pair.lossy = lossy is not None
+    if fault := lossy or form:
+        raise UserError(fault)
+    if masks is None and (fault := ids_fault(stored)):
+        raise UserError(fault)
+    if pair.size and stored.size != pair.size:
+        raise UserError(size_fault(stored.size, image, pair.size))
+    if stored.mode in ('L', 'P') and masks != 'colours':  # a palette's indices
+        pair.counts = {value: pixels for value, pixels in enumerate(stored.histogram()) if pixels}
+    elif masks is None:  # cast to 8 bits
+        pair.counts = mask_counts(Image.fromarray(np.asarray(stored).astype(np.uint8)), is_colour=False)
+    else:
+        pair.counts = mask_counts(stored, masks == 'colours')
+    if stored.mode == 'P' and masks != 'colours':
+        colours = [
+            red << 16 | green << 8 | blue for red, green, blue in np.reshape(stored.getpalette(), (-1, 3)).tolist()
+        ]
+        pair.palette = {value: colours[value] for value in pair.counts if value < len(colours)}
 
 
 @contextmanager
@@ -114,8 +126,7 @@ def _noting(wrong: list[tuple[str, str]], file: str) -> Iterator[None]:
 
 
 def _content(path: str) -> bytes:
-    if Path(path).exists() and not Path(path).is_file():
-        raise UserError('a directory, a pipe or a device, not a file')
+    check_is_file(path)
     if content := Path(path).read_bytes():
         return content
     raise UserError('is empty')
@@ -130,12 +141,16 @@ def _opened(content: bytes) -> Image.Image:
     return image
 
 
-def _image_size(content: bytes, channels: int) -> tuple[int, int]:
-    """Return (width, height) of an image in its EXIF orientation, after all of it has been decoded."""
+def _image_size(content: bytes, channels: int) -> tuple[tuple[int, int], int]:
+    """Return (width, height) of an image in its EXIF orientation, and that, after all of it has been decoded."""
     if channels != 3:
         height, width = read_image(BytesIO(content), channels).shape[:2]
-        return width, height
+        if is_tiff(BytesIO(content)):  # which tifffile does not turn
+            return (width, height), 1
+        with Image.open(BytesIO(content)) as image:
+            return (width, height), orientation(image)
     with _opened(content) as image:
+        size, turned = oriented_size(image), orientation(image)
         width, height = image.size
         if image.format in ('JPEG', 'MPO'):
             # An eighth of the size, without colours: all of the file is read, but few pixels are computed.
@@ -143,7 +158,7 @@ def _image_size(content: bytes, channels: int) -> tuple[int, int]:
             image.load()
         else:
             read_image(image)
-        return oriented_size(image, (width, height))
+        return size, turned
 
 
 def _leave_signals_to_parent() -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from mmcv import rescale_size
 from mmcv.transforms import BaseTransform
 from mmseg.registry import TRANSFORMS
 from PIL import Image
 
+from mmseg_inceptionnext.data.mask_coding import named_errors, open_mask
 from mmseg_inceptionnext.errors import BadSample, UnreadableFile, UserError
-from mmseg_inceptionnext.images import local_or_content, read_image, swap_rgb
+from mmseg_inceptionnext.images import local_or_content, read_image, stored_channels, swap_rgb
 from mmseg_inceptionnext.labels import IGNORE_INDEX
-
-# LoadAnnotations squeezes what it reads.
-THIN_FAULT = 'is one pixel wide or high: correct the annotation'
 
 # Values of LoadImageFromFile's arguments that ReadImage takes.
 _KNOWN = {'color_type': ('color',), 'imdecode_backend': ('pillow', 'cv2')}
@@ -62,8 +61,8 @@ class ReadImage(BaseTransform):
         if self.to_float32:
             image = image.astype(np.float32)
         shape = image.shape[:2]
-        if 1 in shape and results.get('seg_map_path'):  # LoadAnnotations squeezes its annotation
-            raise UnreadableFile(f'{results["img_path"]} is {shape[1]}×{shape[0]}: too thin to be trained or tested on')
+        if results.get('seg_map_path') and (fault := one_pixel_fault(shape[::-1])):
+            raise UnreadableFile(f'{results["img_path"]} {fault}')
         results.update(img=image, img_shape=shape, ori_shape=shape)
         return results
 
@@ -90,7 +89,8 @@ class CheckAnnotation(BaseTransform):
         backend_args: Argument of LoadAnnotations.
 
     Raises:
-        BadSample: It has several channels, another size than its image, or an invalid label.
+        BadSample: It is stored in a way that changes labels, has several channels, another size than its image, or an
+            invalid label.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = IGNORE_INDEX, backend_args: dict | None = None):
@@ -104,17 +104,14 @@ class CheckAnnotation(BaseTransform):
         if 'gt_seg_map' not in results:
             return results
         labels, path = results['gt_seg_map'], results['seg_map_path']
-        with Image.open(
-            local_or_content(path, self.backend_args)
-        ) as stored:  # LoadAnnotations has cast it to 8 bits, whatever it was
-            if fault := depth_fault(stored):
-                raise BadSample(f'{path} {fault}')
-        if labels.ndim < 2:
-            raise BadSample(f'{path} {THIN_FAULT}')
+        # LoadAnnotations has squeezed it, and cast it to 8 bits, whatever it was.
+        with named_errors(path), open_mask(local_or_content(path, self.backend_args)) as stored:
+            if fault := ids_fault(stored):
+                raise BadSample(fault)
+            if stored.size != tuple(results['ori_shape'][::-1]):
+                raise BadSample(size_fault(stored.size, results['img_path'], results['ori_shape'][::-1]))
         if labels.ndim > 2:
             raise BadSample(f'{path} {channels_fault(labels.shape[2])}')
-        if labels.shape != tuple(results['ori_shape']):
-            raise BadSample(f'{path} {size_fault(labels.shape[::-1], results["img_path"], results["ori_shape"][::-1])}')
         present = np.flatnonzero(np.bincount(labels.ravel()))
         ignored = (IGNORE_INDEX, self.ignore_index)
         wrong = [int(label) for label in present if self.num_classes <= label and label not in ignored]
@@ -126,16 +123,35 @@ class CheckAnnotation(BaseTransform):
         return results
 
 
-def depth_fault(stored: Image.Image) -> str | None:
-    """Say what is wrong with an annotation whose labels do not fit into 8 bits; None if they do."""
-    if stored.mode[0] in 'IF' and stored.getextrema()[1] > 255:
-        return f'has label {stored.getextrema()[1]}: an annotation has 8 bits'
+def ids_fault(stored: Image.Image) -> str | None:
+    """Say what is wrong with an annotation whose file does not hold one id of 8 bits a pixel; None if it does."""
+    if (channels := stored_channels(stored)) > 1:
+        return channels_fault(channels)
+    if stored.mode[0] in 'IF':
+        values = np.asarray(stored)
+        with np.errstate(invalid='ignore'):  # not a number
+            odd = values[values != values.astype(np.uint8)]
+        if odd.size:
+            return f'has label {odd.max()}: an annotation has 8 bits, 0 … 255'
     return None
 
 
 def channels_fault(channels: int) -> str:
     """Say what is wrong with an annotation of several channels."""
     return f'has {channels} channels: an annotation has one, which holds class ids'
+
+
+def one_pixel_fault(size: Sequence[int]) -> str | None:
+    """Say that an image (width, height) with an annotation, which LoadAnnotations squeezes, has a side of one pixel."""
+    return f'is {size[0]}×{size[1]}, too thin to be trained or tested on: leave it out' if 1 in size else None
+
+
+def vanishing_fault(size: Sequence[int], scale: tuple[int, int] | None) -> str | None:
+    """Say that nothing is left of an image (width, height) when it is fitted into a scale; None if something is."""
+    if scale is None or 0 not in (resized := rescale_size(size, scale)):
+        return None
+    sizes = f'{size[0]}×{size[1]}, which the pipeline resizes to {resized[0]}×{resized[1]}'
+    return f'is {sizes}: crop it, or leave it out'
 
 
 def size_fault(size: Sequence[int], image: str, image_size: Sequence[int]) -> str:

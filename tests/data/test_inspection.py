@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mmseg.datasets import ADE20KDataset, PascalVOCDataset
 from PIL import Image
 from support import TINY_CONFIG, assert_user_error
 
@@ -242,6 +243,100 @@ def test_an_annotation_is_not_turned(root, cfg):
     Image.open(image(root)).crop((0, 0, 96, 64)).save(image(root), exif=exif)
     Image.fromarray(np.array(Image.open(annotation(root)))[:64]).save(annotation(root))
     assert 'is 96×64, but' in wrong(inspect_data(cfg))[annotation(root).name]
+
+
+def turn(path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(path).save(path, exif=exif)
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_turned_images_of_which_sizes_do_not_tell(root, cfg, orientation):
+    turn(image(root), orientation)
+    turn(image(root, NAMES[2]), orientation)
+    found = inspect_data(cfg)
+    lines = [line for line in found.warnings if 'EXIF orientation' in line]
+    assert found.ok and len(lines) == (orientation > 1)
+    for line in lines:
+        assert line.startswith(
+            'train: 2 images have an EXIF orientation, by which they are mirrored or turned when they'
+        )
+        assert f'such as {image(root)}, {image(root, NAMES[2])}; their masks are taken as they are stored' in line
+
+
+def test_a_turned_image_whose_size_tells_and_one_without_a_mask(root, cfg):
+    """The mask of the first is of the size of the image as it is read."""
+    Image.open(image(root)).crop((0, 0, 96, 64)).save(image(root))
+    turn(image(root), 6)
+    Image.fromarray(np.array(Image.open(annotation(root)))[:, :64]).save(annotation(root))
+    turn(image(root, NAMES[2]), 3)
+    annotation(root, NAMES[2]).unlink()
+    found = inspect_data(cfg)
+    assert list(wrong(found)) == [image(root, NAMES[2]).name] and not found.warnings
+
+
+def as_palette(root: Path, name: str, colours: np.ndarray, indices=None) -> None:
+    """Store an annotation with a palette, at other indices if they are given for each value."""
+    labels = np.array(Image.open(annotation(root, name)))
+    stored = Image.fromarray(labels if indices is None else np.asarray(indices, np.uint8)[labels])
+    stored.putpalette(np.asarray(colours, np.uint8).tobytes())
+    stored.save(annotation(root, name))
+
+
+ADE20K_COLOURS = np.array([(0, 0, 0), *ADE20KDataset.METAINFO['palette'], *[(1, 1, 1)] * 105], np.uint8)
+
+
+def compacted(root: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the colours of an annotation's classes without gaps, and the index of each value among them."""
+    values = np.union1d([0], np.array(Image.open(annotation(root, name))))
+    indices = np.zeros(256, int)
+    indices[values] = np.arange(len(values))
+    return ADE20K_COLOURS[values], indices
+
+
+def test_palettes_whose_indices_differ_from_file_to_file(root, cfg):
+    for name in NAMES:
+        as_palette(root, name, *compacted(root, name))
+    lines = [line for line in inspect_data(cfg).warnings if 'palettes' in line]
+    assert len(lines) == 1 and re.match(
+        r'train: index (\d+) of the palettes is the colour \[.*\] in .*00001\.png, but \[.*\] in .*\.png \(\d masks '
+        r'differ so\): if the colours stand for the classes, name them in a data file \(`labels: \[\[r, g, b\]\]`\)',
+        lines[0],
+    )
+
+
+def test_one_palette_whose_indices_are_not_those_of_the_classes(root, cfg):
+    """The colours are the config's, at other places."""
+    order = np.arange(256)
+    order[1:151] = order[1:151][::-1]
+    for name in NAMES:
+        as_palette(root, name, ADE20K_COLOURS[order])
+    lines = [line for line in inspect_data(cfg).warnings if 'palette' in line]
+    assert len(lines) == 1
+    value, colour, there, read = re.match(
+        r'train: index (\d+) is the colour (\[.*\]) in the palette of .*, which is that of class (\d+), but is read as '
+        r'class (\d+): if the colours',
+        lines[0],
+    ).groups()
+    assert int(read) == int(value) - 1 and int(there) == 150 - int(value)
+    assert json.loads(colour) == ADE20KDataset.METAINFO['palette'][int(there)]
+
+
+@pytest.mark.parametrize(
+    'colours',
+    [
+        ADE20K_COLOURS,
+        PascalVOCDataset.METAINFO['palette'],
+        np.random.default_rng(0).integers(0, 255, (256, 3)),
+        np.repeat(np.arange(256)[:, None], 3, axis=1),
+    ],
+    ids=['its own', 'VOC', 'random', 'grey'],
+)
+def test_palettes_that_are_the_same_everywhere_are_fine(root, cfg, colours):
+    for name in NAMES:
+        as_palette(root, name, colours)
+    assert not inspect_data(cfg).warnings
 
 
 def test_an_image_that_vanishes_when_resized(root, cfg):
