@@ -20,10 +20,12 @@ with warnings.catch_warnings(), MutedStream(sys.stdout) as muted, contextlib.red
         import mmseg.datasets
         import mmseg.models  # noqa: F401
     except Exception as error:  # mmseg asserts versions, compiled libraries raise what they like
-        raise ImportError(
-            f'mmseg cannot be imported ({type(error).__name__}: {error}): `python -m mmseg_inceptionnext doctor` says '
-            'what is wrong and what to do'
-        ) from error
+        from mmseg_inceptionnext.doctor import import_fault, is_tool
+
+        if is_tool():
+            print(f'error: {import_fault(error)}', file=sys.stderr)
+            sys.exit(2)
+        raise ImportError(import_fault(error)) from error
 
 from mmseg_inceptionnext.checkpoints.mmengine_loaders import replace_mmengine_loaders
 from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints

@@ -20,7 +20,7 @@ from mmengine.config import DictAction
 
 from mmseg_inceptionnext.config import user_error_message
 from mmseg_inceptionnext.console import lost_output, protect_screen
-from mmseg_inceptionnext.device import raise_open_file_limit
+from mmseg_inceptionnext.device import memory_fault, raise_open_file_limit
 from mmseg_inceptionnext.files import make_folder, remove_empty_folders, system_fault
 
 # What `python -m mmseg_inceptionnext` calls those tools that it does not call by the name of their file.
@@ -196,11 +196,16 @@ def _run(main: Callable[[], None]) -> None:
         print('stopped', file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        message = name_flags(user_error_message(error), _flags) or system_fault(error)
+        message = _fault(error)
         if not message:
             raise
         print(f'error: {message}', file=sys.stderr)
         sys.exit(2)
+
+
+def _fault(error: Exception) -> str:
+    """Return what the user or the system has done wrong, as one line; '' for a bug."""
+    return name_flags(user_error_message(error), _flags) or system_fault(error) or memory_fault(error)
 
 
 def _leave_process_group() -> None:
@@ -221,7 +226,7 @@ def run_each(configs: Sequence[str], measure: Callable) -> tuple[list, dict[str,
         try:
             results.append(measure(config))
         except Exception as error:
-            failures[config] = user_error_message(error) or traceback.format_exc()
+            failures[config] = _fault(error) or traceback.format_exc()
     return results, failures
 
 

@@ -14,7 +14,7 @@ import mmengine.device.utils
 import torch
 from mmengine.device import get_device
 
-from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.errors import UserError, first_sentence
 
 
 def available_cores() -> int:
@@ -59,6 +59,18 @@ def open_files() -> int:
     """Return how many files this process has open; an estimate where the system does not say."""
     folder = Path('/proc/self/fd')
     return len(list(folder.iterdir())) if folder.is_dir() else 32
+
+
+def memory_fault(error: BaseException) -> str:
+    """Return that memory is used up, and what to do; '' for any other error."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f'the memory of the GPU is used up ({first_sentence(error)}): take a smaller batch, or smaller images'
+    if not isinstance(error, MemoryError) and "can't allocate memory" not in text and 'std::bad_alloc' not in text:
+        return ''
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    allowed = '' if limit == resource.RLIM_INFINITY else f' (this process may use {limit >> 20} MiB: ulimit -v)'
+    return f'memory is used up{allowed}: take a smaller batch, smaller images or fewer workers'
 
 
 def find_device(name: str | torch.device | None = None) -> torch.device:

@@ -11,6 +11,7 @@ from uuid import uuid4
 import torch
 from mmengine.device import get_device
 from mmengine.dist import all_reduce, barrier, get_rank, get_world_size, init_dist
+from mmengine.dist import is_main_process as is_main_process  # tools import our package first, which explains a failure
 from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 

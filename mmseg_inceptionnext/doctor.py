@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -32,6 +34,9 @@ OTHERS = ('torch', 'torchvision', 'timm', 'numpy', 'setuptools')
 
 # In order of dependence: an import that fails makes those after it fail.
 IMPORTS = ('numpy', 'cv2', 'torch', 'torchvision', 'timm', 'mmengine', 'mmcv', 'mmseg')
+
+# Of 2 prefetched batches for each of 4 workers, of 8 crops of 512×512: uint8 colours and int64 labels.
+_ENOUGH_SHARED_MEMORY = 4 * 2 * 8 * 512 * 512 * (3 + 8)
 
 _NUMPY_1 = 'compiled using NumPy 1.x'  # in numpy 2's message about a build that it cannot run
 
@@ -62,6 +67,46 @@ if torch is not None and hasattr(torch, 'cuda'):
 """
 
 
+_NO_TEMPORARY_FOLDER = 'No usable temporary directory'  # of Python's tempfile
+_NO_MEMORY = ('failed to map segment', 'annot allocate memory', "can't allocate memory", 'MemoryError')
+
+
+def system_cause(error: str) -> tuple[str, str]:
+    """Return what in the system makes an import fail, and the command that helps; ('', '') if it is something else.
+
+    Args:
+        error: Type and message of what the import raised.
+    """
+    if _NO_TEMPORARY_FOLDER in error:
+        tried = ', '.join(dict.fromkeys([*filter(None, map(os.environ.get, ('TMPDIR', 'TEMP', 'TMP'))), '/tmp']))
+        return f'no temporary folder can be written ({tried} …): free space there, or name another', 'export TMPDIR=DIR'
+    if any(text in error for text in _NO_MEMORY):
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        allowed = 'the machine has' if limit == resource.RLIM_INFINITY else f'a process may use: {limit >> 20} MiB'
+        return f'the libraries do not fit into the memory that {allowed} (they map about 4 GiB)', 'ulimit -v unlimited'
+    return '', ''
+
+
+def import_fault(error: BaseException) -> str:
+    """Return why the package cannot be imported, and what to do, as one line."""
+    text = ' '.join(f'{type(error).__name__}: {error}'.split())
+    cause, command = system_cause(text)
+    if cause:
+        return f'{cause}: {command}'
+    return (
+        f'mmseg cannot be imported ({text}): `python -m mmseg_inceptionnext doctor` says what is wrong and what to do'
+    )
+
+
+def is_tool() -> bool:
+    """Return whether this process runs a tool of the package, not a program that imports it."""
+    if sys.argv[:1] == ['-m']:  # until Python has found the module to run
+        return __package__ in sys.orig_argv
+    script = Path(getattr(sys.modules['__main__'], '__file__', None) or '.').resolve()
+    folders = [Path(__file__).resolve().parent.parent / 'tools', Path(__file__).resolve().parent / '.mim' / 'tools']
+    return script.parent in folders
+
+
 @dataclass(frozen=True)
 class Environment:
     """What is installed, and what it reports.
@@ -77,6 +122,7 @@ class Environment:
         driver: Version of NVIDIA's driver; None without one.
         gpus: Names of the GPUs that torch sees.
         bf16: Whether the GPUs compute in bfloat16.
+        shared_memory: Bytes of /dev/shm; 0 where there is none, or it has no limit.
     """
 
     python: str = '3.11.0'
@@ -89,6 +135,7 @@ class Environment:
     driver: str | None = None
     gpus: tuple[str, ...] = ()
     bf16: bool = False
+    shared_memory: int = 0
 
     def has(self, distribution: str, least: str = '0', below: str = '9999') -> bool:
         """Return whether a distribution is installed in a version of at least ``least`` and below ``below``."""
@@ -145,12 +192,16 @@ def read_environment() -> Environment:
         driver=_driver(),
         gpus=tuple(facts.get('gpus', ())),
         bf16=facts.get('bf16', False),
+        shared_memory=_shared_memory(),
     )
 
 
 def findings(env: Environment) -> list[Finding]:
     """List all findings about an environment, faults first, and causes before their consequences."""
-    found = [*_hidden(env), *_python_and_torch(env), *_numpy_and_opencv(env), *_stack(env), *_gpu(env), *_options(env)]
+    found = [*_hidden(env), *_system(env)]
+    if any(finding.is_fault for finding in found):
+        return found  # nothing can be said of packages that were not reached
+    found += [*_python_and_torch(env), *_numpy_and_opencv(env), *_stack(env), *_gpu(env), *_options(env)]
     if not any(finding.is_fault for finding in found):
         found += _unexplained(env)
     return sorted(found, key=lambda finding: not finding.is_fault)
@@ -162,6 +213,20 @@ def _hidden(env: Environment) -> Iterator[Finding]:
         yield Finding(
             f'{here} in the current folder hides the {name} that is installed: Python looks there first',
             f'mv {here} another_{here}',
+        )
+
+
+def _system(env: Environment) -> Iterator[Finding]:
+    for cause, command in dict.fromkeys(map(system_cause, env.errors.values())):
+        if cause:
+            yield Finding(cause, command)
+    if 0 < env.shared_memory < _ENOUGH_SHARED_MEMORY:
+        yield Finding(
+            f'/dev/shm has {env.shared_memory >> 20} MiB: data-loading workers hand over batches through it, and 4 '
+            f'workers with 8 images of 512×512 need about {_ENOUGH_SHARED_MEMORY >> 20} MiB. Use fewer workers, or '
+            'start the container with more',
+            'docker run --shm-size 1g …',
+            is_fault=False,
         )
 
 
@@ -341,6 +406,14 @@ def _has_compiled_ops() -> bool:
     spec = importlib.util.find_spec('mmcv')
     folders = spec.submodule_search_locations or () if spec else ()
     return any(path.suffix in ('.so', '.pyd') for folder in folders for path in Path(folder).glob('_ext*'))
+
+
+def _shared_memory() -> int:
+    try:
+        status = os.statvfs('/dev/shm')
+    except OSError:
+        return 0
+    return status.f_blocks * status.f_frsize
 
 
 def _driver() -> str | None:

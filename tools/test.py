@@ -3,8 +3,6 @@
 import argparse
 import json
 
-from mmengine.dist import is_main_process
-
 from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
 from mmseg_inceptionnext.command_line import (
     ToolParser,
@@ -20,6 +18,7 @@ from mmseg_inceptionnext.command_line import (
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.console import quiet_screen
 from mmseg_inceptionnext.device import use_device
+from mmseg_inceptionnext.distributed import is_main_process
 from mmseg_inceptionnext.evaluation import evaluate
 from mmseg_inceptionnext.files import write_text
 

@@ -5,8 +5,6 @@ import dataclasses
 import shlex
 import sys
 
-from mmengine.dist import is_main_process
-
 from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
 from mmseg_inceptionnext.command_line import (
     ToolParser,
@@ -21,6 +19,7 @@ from mmseg_inceptionnext.command_line import (
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.console import quiet_screen
 from mmseg_inceptionnext.device import use_device
+from mmseg_inceptionnext.distributed import is_main_process
 from mmseg_inceptionnext.measure.tables import recipes_table
 from mmseg_inceptionnext.training.options import TrainOptions
 from mmseg_inceptionnext.training.train import plan, run_result, train

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import tempfile
 from collections import deque
 from numbers import Real
 from pathlib import Path
@@ -59,9 +60,15 @@ class SafeCheckpointHook(CheckpointHook):
         if self._unsaved or stopped_early:
             self.save(runner, runner.iter)
         if self._unsaved:
+            fault = f'{self.out_dir} cannot be written ({self._unsaved.strerror})'
+            if kept := self._save_elsewhere(runner):
+                raise UserError(
+                    f'{fault}; the last checkpoint is kept as {kept}: free space or choose another work_dir=DIR, then '
+                    f'start again with resume={str(kept)!r}'
+                )
             raise UserError(
-                f'the last iterations are lost: {self.out_dir} cannot be written ({self._unsaved.strerror}); '
-                f'{runner.last_checkpoint}: free space, then start again with resume=True'
+                f'the last iterations are lost: {fault}; {runner.last_checkpoint}: free space, then start again with '
+                'resume=True'
             )
         super().after_train(runner)
 
@@ -74,6 +81,22 @@ class SafeCheckpointHook(CheckpointHook):
         if not self.by_epoch and (self._unsaved or Path(self.last_ckpt or '').absolute() != path):
             self._save_checkpoint_with_step(runner, iteration, dict(epoch=runner.epoch, iter=iteration))
 
+    def _save_elsewhere(self, runner) -> Path | None:
+        """Save the last iteration in the temporary folder; return None where that cannot be written either."""
+        path = Path(tempfile.gettempdir(), f'{Path(self.out_dir).name}_{runner.timestamp}_iter_{runner.iter}.pth')
+        failed = False
+        try:
+            self._write(runner, str(path.parent), path.name, dict(epoch=runner.epoch, iter=runner.iter))
+        except OSError:
+            failed = True
+        return None if any_rank(failed) else path
+
+    def _write(self, runner, folder: str, name: str, meta: dict) -> None:
+        runner.save_checkpoint(
+            folder, name, self.file_client_args, self.save_optimizer, self.save_param_scheduler, meta,
+            self.by_epoch, self.backend_args, **self.args,
+        )  # fmt: skip
+
     def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
         path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step))
         hub, before = runner.message_hub, dict(runner.message_hub.runtime_info)
@@ -84,10 +107,7 @@ class SafeCheckpointHook(CheckpointHook):
             hub.update_info('keep_ckpt_ids', ids[-self.max_keep_ckpts :])
         failure = None
         try:
-            runner.save_checkpoint(
-                self.out_dir, self.filename_tmpl.format(step), self.file_client_args, self.save_optimizer,
-                self.save_param_scheduler, meta, self.by_epoch, self.backend_args, **self.args,
-            )  # fmt: skip
+            self._write(runner, self.out_dir, self.filename_tmpl.format(step), meta)
             if is_main_process():
                 with atomic_write(Path(runner.work_dir, 'last_checkpoint'), durable=True) as partial:
                     partial.write_text(path)
