@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 import tempfile
 import traceback
 from collections.abc import Mapping
@@ -72,11 +73,12 @@ def _check_names_are_text(cfg: Config) -> None:
     """
     for node in dicts_inside(cfg._cfg_dict):
         for key, value in node.items():
-            if isinstance(value, str) and (bad := re.search('[\ud800-\udfff]', value)):
-                raise UserError(
-                    f'{key}={value!r} is no UTF-8 at byte {bad.start()}, so the config could not be saved: rename the '
-                    'folder, or make a link to it (ln -s) and name that'
-                )
+            if isinstance(value, str) and re.search('[\ud800-\udfff]', value):
+                if sys.getfilesystemencoding() == 'utf-8':
+                    way_out = 'rename the folder, or make a link to it (ln -s) and name that'
+                else:
+                    way_out = 'this Python takes names for another encoding, set PYTHONUTF8=1'
+                raise UserError(f'{key}={value!r} is no UTF-8, so the config could not be saved: {way_out}')
 
 
 def override(cfg: Config, data_root: str | Path | None = None, cfg_options: dict | None = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import multiprocessing
 import os
 import warnings
 from pathlib import Path
@@ -24,6 +26,9 @@ _DAMAGE = (OSError, SyntaxError, EOFError, Image.DecompressionBombError, cv2.err
 _MOST_IN_A_ROW = 50  # so many unreadable files in a row are no accident
 
 
+_ROW = 4096  # bytes that a worker may note
+
+
 class CurrentFiles:
     """The files that each data-loading worker is reading, in memory that the main process shares.
 
@@ -32,7 +37,11 @@ class CurrentFiles:
     """
 
     def __init__(self, workers: int):
-        self._rows = torch.zeros(workers, 4096, dtype=torch.uint8).share_memory_()
+        if multiprocessing.get_start_method() == 'fork' and workers:
+            # Not in /dev/shm: where that is full, writing a note would kill the worker.
+            self._rows = torch.frombuffer(mmap.mmap(-1, workers * _ROW), dtype=torch.uint8).view(workers, _ROW)
+        else:
+            self._rows = torch.zeros(workers, _ROW, dtype=torch.uint8).share_memory_()
 
     def note(self, files: str) -> None:
         """Note the files that this worker is about to open."""

@@ -29,6 +29,7 @@ from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.console import is_quiet, quieten, say
 from mmseg_inceptionnext.data.guard import CurrentFiles, guard_pipelines
 from mmseg_inceptionnext.data.pipeline import read_images_safely
+from mmseg_inceptionnext.device import shared_memory
 from mmseg_inceptionnext.distributed import any_rank
 from mmseg_inceptionnext.errors import BadSample, MissingPackage, UserError, first_sentence, one_line
 from mmseg_inceptionnext.files import atomic_write, system_fault
@@ -53,6 +54,8 @@ from mmseg_inceptionnext.training.workers import Workers, exit_where_a_batch_is_
 # What takes the place of mmengine's hooks.
 _OUR_HOOKS = {CheckpointHook: 'SafeCheckpointHook', EarlyStoppingHook: 'ResumableEarlyStoppingHook'}
 
+
+_LITTLE_SHARED_MEMORY = 2**20
 
 # Packages that mmengine's backends import when a run starts, and do not require.
 _PACKAGES_OF_BACKENDS = {
@@ -360,6 +363,8 @@ class FaultTolerantMixin:
             pids = list(map(int, dead[1].split(', ')))
             if reasons := [r for pid in pids for current, _ in self._current_files if (r := current.failure_of(pid))]:
                 raise BadSample(f'a data-loading worker cannot hand over a batch: {reasons[0]}') from error
+            if shared_memory().free < _LITTLE_SHARED_MEMORY:  # a worker that writes into it is killed
+                raise BadSample(self._current_files[-1][1].full()) from error
             files = {current.files_of(pid) for pid in pids for current, _ in self._current_files} - {None}
             raise BadSample(
                 f'a data-loading worker {dead[2].strip(" .")}, on {", ".join(files) or "no file yet"}: it may have run '

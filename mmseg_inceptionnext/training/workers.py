@@ -54,7 +54,7 @@ class Workers:
             return
         free = shared_memory().free
         if free < (self.number + 2) * _BYTES_OF_A_WORKER:
-            raise UserError(self._full(0))
+            raise UserError(self.full())
         # A worker keeps the files of a batch open until they are received, this process until the batch is used.
         of_a_worker = self.prefetched * self.batch_size * _TENSORS_OF_A_SAMPLE
         needed = open_files() + max(self.number * (of_a_worker + _FILES_OF_A_WORKER), 2 * of_a_worker)
@@ -72,7 +72,7 @@ class Workers:
         if number == errno.EMFILE or 'Too many open files' in text:
             return self._few_files()
         if number == errno.ENOSPC or 'memory(shm)' in text or 'Bus error' in text:
-            return self._full(batch_bytes)
+            return self.full(batch_bytes)
         return ''
 
     def warning(self, batch: object) -> str:
@@ -89,7 +89,8 @@ class Workers:
         need = f'{self} need about {needed}' if needed else f'which is too few for {self}'
         return f'{open_file_limit()} files may be open in a process (ulimit -n), {need}: raise the limit, or {_FEWER}'
 
-    def _full(self, batch_bytes: int) -> str:
+    def full(self, batch_bytes: int = 0) -> str:
+        """Say that shared memory is full, and what to do; with what is needed, if the size of a batch is known."""
         there, needed = shared_memory(), self.number * self.prefetched * batch_bytes
         need = f'; {self} need {_shown(needed)}' if needed else ''
         return (
