@@ -277,8 +277,9 @@ class FaultTolerantMixin:
 
     def build_train_loop(self, loop: dict | BaseLoop) -> BaseLoop:
         """Build the training loop; if one rank gets no data, all stop together."""
-        loop = super().build_train_loop(loop)
-        disable_sigchld_handler()  # mmengine 0.10.7 has started the workers by now
+        with self.naming_files_of_dead_workers():  # mmengine 0.10.7 starts the workers here
+            loop = super().build_train_loop(loop)
+        disable_sigchld_handler()
         if hasattr(loop, 'dataloader_iterator'):  # a loop over epochs takes the data loader itself
             loop.dataloader_iterator = _CommonBatches(loop.dataloader_iterator, self, Workers.of(loop.dataloader))
         return loop

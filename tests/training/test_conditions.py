@@ -236,7 +236,7 @@ def test_a_run_without_a_home(under, training):
 @pytest.mark.parametrize('condition', ['/dev/shm', 'lock'])
 def test_two_processes_end_together(condition, training, tmp_path, under):
     launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '29641']
-    tool = [ROOT / 'tools' / 'train.py', *training[1:9], '--launcher', 'pytorch', *training[9:]]
+    tool = [ROOT / 'tools' / 'train.py', *training[1:10], '--launcher', 'pytorch', *training[10:]]
     hold = (
         'import fcntl, os, time; os.makedirs("w", exist_ok=True); f = open("w/.lock", "w");'
         'fcntl.lockf(f, fcntl.LOCK_EX); time.sleep(60)'
