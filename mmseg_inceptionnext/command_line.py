@@ -21,6 +21,7 @@ from mmengine.config import DictAction
 from mmseg_inceptionnext.config import user_error_message
 from mmseg_inceptionnext.console import lost_output, protect_screen
 from mmseg_inceptionnext.device import memory_fault, raise_open_file_limit
+from mmseg_inceptionnext.errors import printable
 from mmseg_inceptionnext.files import make_folder, remove_empty_folders, system_fault
 
 # What `python -m mmseg_inceptionnext` calls those tools that it does not call by the name of their file.
@@ -84,7 +85,8 @@ def name_flags(message: str, flags: dict[str, str]) -> str:
             return flags[name]
         if isinstance(value, dict):
             value = [f'{key}={item}' for key, item in value.items()]
-        return ' '.join([flags[name], *map(str, value if isinstance(value, (tuple, list)) else [value])])
+        values = map(str, value if isinstance(value, (tuple, list)) else [value])
+        return ' '.join([flags[name], *map(printable, values)])
 
     # Not within a path such as runs/seed=5/iter_3.pth.
     value = r"""'[^']*'|"[^"]*"|\([^()]*\)|\{[^{}]*\}|True|None|-?\d+(?:\.\d+)?|[A-Z]+"""

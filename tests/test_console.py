@@ -1,8 +1,12 @@
 """What reaches the screen of a training, and what its log file has."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from mmengine.logging import MMLogger
-from support import TINY_CONFIG
+from support import ROOT, TINY_CONFIG
 
 from mmseg_inceptionnext.console import quiet_screen, quieten
 from mmseg_inceptionnext.training.hooks.progress import classes_text, figures_text
@@ -67,3 +71,43 @@ def test_at_most_twenty_classes_worst_first():
     text = classes_text({f'c{i}': 50.0 - i for i in range(30)})
     assert text.startswith('  IoU, worst first: c29 21.0, c28 22.0') and text.endswith('and 10 better ones')
     assert all(len(line) <= 100 for line in text.splitlines())
+
+
+PRINT = """
+import sys
+from mmseg_inceptionnext.command_line import run
+
+def main():
+    print('Bäume', '\\udcff', flush=True)
+    for _ in range(20000):
+        print('a line')
+    print('the end', file=sys.stderr)
+
+run(main)
+"""
+
+
+def run_in_shell(redirection: str, **environment) -> subprocess.CompletedProcess:
+    script = f'"$0" -c "$1" {redirection}; echo "code ${{PIPESTATUS[0]}}"'
+    return subprocess.run(
+        ['bash', '-c', script, sys.executable, PRINT], capture_output=True, text=True,
+        env=os.environ | {'PYTHONPATH': str(ROOT)} | environment,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('redirection', 'environment', 'out', 'err'),
+    [
+        ('| head -1', {}, 'Bäume \\udcff\ncode 0\n', 'the end\n'),
+        ('| head -1', {'PYTHONUNBUFFERED': '1'}, 'Bäume \\udcff\ncode 0\n', 'the end\n'),
+        ('| head -1', {'PYTHONIOENCODING': 'ascii'}, 'B\\xe4ume \\udcff\ncode 0\n', 'the end\n'),
+        ('>&-', {}, 'code 0\n', 'the end\n'),
+        (
+            '> /dev/full', {}, 'code 2\n',
+            'the end\nerror: a part of the output is lost (No space left on device): free space, and run it again\n',
+        ),
+    ],
+)  # fmt: skip
+def test_nothing_that_is_printed_ends_a_tool(redirection, environment, out, err):
+    process = run_in_shell(redirection, **environment)
+    assert (process.stdout, process.stderr) == (out, err)

@@ -163,3 +163,28 @@ def test_who_imports_the_package_is_sent_to_it(tmp_path):
     last = process.stderr.strip().splitlines()[-1]
     assert last.startswith('ImportError: mmseg cannot be imported (AssertionError: MMCV==2.2.0 is used')
     assert 'python -m mmseg_inceptionnext doctor' in last
+
+
+@pytest.mark.parametrize(
+    ('error', 'said'),
+    [
+        ("FileNotFoundError(2, 'No usable temporary directory found in [/tmp]')", 'no temporary folder can be written'),
+        ("ImportError('libtorch_cpu.so: failed to map segment from shared object')", 'do not fit into the memory'),
+    ],
+)
+def test_what_the_system_lacks_is_no_fault_of_a_package(tmp_path, error, said):
+    (tmp_path / 'mmseg').mkdir()
+    (tmp_path / 'mmseg' / '__init__.py').write_text(f'raise {error}')
+    for arguments in (['-m', 'mmseg_inceptionnext', 'train', '--list'], [ROOT / 'tools' / 'train.py', '--list']):
+        process = run(*arguments, first_on_path=tmp_path)
+        assert process.returncode == 2 and process.stdout == ''
+        assert process.stderr.startswith('error: ') and said in process.stderr and process.stderr.count('\n') == 1
+        assert 'doctor' not in process.stderr
+    process = run('-m', 'mmseg_inceptionnext', 'doctor', first_on_path=tmp_path)
+    assert process.returncode == 1 and said in process.stdout and 'pip install' not in process.stdout
+
+
+def test_a_small_shared_memory_is_a_note():
+    (note,) = findings(replace(SOUND, shared_memory=2**26))
+    assert not note.is_fault and note.text.startswith('/dev/shm has 64 MiB') and '--shm-size' in note.command
+    assert findings(replace(SOUND, shared_memory=2**30)) == []

@@ -23,9 +23,11 @@ class BFloat16OptimWrapper(OptimWrapper):
     mmengine's AmpOptimWrapper always scales, and refuses to run on a CPU.
     """
 
+    cast_dtype = torch.bfloat16  # as AmpOptimWrapper names its own
+
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        with super().optim_context(model), autocast(dtype=torch.bfloat16):
+        with super().optim_context(model), autocast(dtype=self.cast_dtype):
             yield
 
 

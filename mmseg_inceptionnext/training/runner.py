@@ -408,6 +408,7 @@ class _CommonBatches:
                 batch = next(self.batches)
         except (BadSample, Interrupted) as error:
             failure = error
+        disable_sigchld_handler()  # mmengine may have started the workers just now
         if any_rank(failure is not None):
             if any_rank(isinstance(failure, Interrupted)):
                 raise Interrupted from failure

@@ -288,22 +288,19 @@ def run_result(runner: FaultTolerantMixin) -> dict:
 def resume_if_restarted(cfg: Config, options: TrainOptions) -> TrainOptions:
     """Set ``resume`` if torchrun restarted the processes and this run has written a checkpoint before.
 
-    Checkpoints of other runs in the work dir are older than the file that this run's first start writes.
+    The first start notes which checkpoint is there: a later one is this run's, also where the clock has been set back.
     """
     if 'TORCHELASTIC_RUN_ID' not in os.environ:
         return options
     run, started = os.environ['TORCHELASTIC_RUN_ID'], Path(cfg.work_dir, '.started_by_torchrun')
+    pointer = Path(cfg.work_dir, 'last_checkpoint')
+    written = pointer.stat().st_mtime_ns if pointer.is_file() else None
     if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
         if rank(cfg.launcher) == 0:
-            write_text(started, run)
+            write_text(started, f'{run} {written}')
         return options
-    pointer = Path(cfg.work_dir, 'last_checkpoint')
-    is_own = (
-        started.is_file()
-        and started.read_text() == run
-        and pointer.is_file()
-        and pointer.stat().st_mtime_ns >= started.stat().st_mtime_ns
-    )
+    noted, _, before = started.read_text(encoding='utf-8').rpartition(' ') if started.is_file() else ('', '', '')
+    is_own = noted == run and written is not None and before != str(written)
     return dataclasses.replace(options, resume=True) if is_own else options
 
 

@@ -118,7 +118,9 @@ def test_links_in_a_circle_and_pipes(folder):
     os.mkfifo('in/pipe.jpg')
     Path('in/.hidden').mkdir()
     Path('in/sub/a.jpg').rename('in/.hidden/a.jpg')
-    assert set(names(find_sources(['in'], Path('out')))) == {'in/a.jpg', 'in/sub/b.PNG', 'in/circle.jpg'}
+    Path('in/gone.jpg').symlink_to('nowhere.jpg')  # is reported when it is opened
+    Path('in/loop').symlink_to('.')
+    assert set(names(find_sources(['in'], Path('out')))) == {'in/a.jpg', 'in/sub/b.PNG', 'in/gone.jpg'}
 
 
 def test_inputs_that_are_nothing(folder):
@@ -189,6 +191,20 @@ def test_a_video_becomes_a_video(folder, segmentor):
     assert len(list(Path('out/video_labels/film').iterdir())) == 3
     predict(segmentor, sources, Output(Path('out')), overwrite=True)  # which is not about the label maps
     assert len(list(Path('out/video_labels/film').iterdir())) == 3
+
+
+def test_names_that_are_no_utf8(folder, segmentor):
+    odd = os.fsdecode(b'in/\xff')
+    os.rename(video(folder / 'film.mp4'), f'{odd}.mp4')
+    os.rename('in/a.jpg', f'{odd}.jpg')
+    out = Path(os.fsdecode(b'out\xfe'))
+    sources = find_sources(['in'], out)
+    assert count_images(sources) == 6 + len(sources) - 2
+    assert predict(segmentor, sources, Output(out, labels=True)) == {}
+    assert {path.name for path in out.iterdir()} >= {os.fsdecode(b'\xff.png'), os.fsdecode(b'\xff-2.mp4')}
+    film = next(path for path in out.iterdir() if path.suffix == '.mp4')
+    film.rename('film.mp4')
+    assert cv2.VideoCapture('film.mp4').get(cv2.CAP_PROP_FRAME_COUNT) == 5
 
 
 def test_videos_that_are_none(folder, segmentor):

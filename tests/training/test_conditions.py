@@ -227,6 +227,48 @@ def test_a_closed_pipe_ends_no_run_and_leaves_no_litter(training, tmp_path):
 
 
 @pytest.mark.slow
+def test_names_in_other_letters_under_a_locale_without_them(under, mini_root, tmp_path):
+    """One name is no UTF-8 at all; OpenCV, which writes pictures, crashes on such a string."""
+    root = tmp_path / 'data'
+    shutil.copytree(mini_root, root)
+    for split in ('training', 'validation'):
+        for kind, suffix in (('images', '.jpg'), ('annotations', '.png')):
+            folder = root / kind / split
+            for path, name in zip(sorted(folder.iterdir()), (b'\xff\xfe', 'straße'.encode()), strict=False):
+                os.rename(path, folder / (os.fsdecode(name) + suffix))
+    options = ('--data-root', root, '--work-dir', 'w')
+    locale = dict(LC_ALL='C', PYTHONCOERCECLOCALE='0', PYTHONUTF8='0', PYTHONIOENCODING='ascii')
+    process = under(':', 'check_dataset', TINY_CONFIG, '--data-root', root, '--json', 'check.json', **locale)
+    assert process.returncode == 0, process.stderr
+    process = under(':', 'train', TINY_CONFIG, *options, '--weights', 'none', '--iters', 2, **locale)
+    assert process.returncode == 0, process.stderr
+    process = under(
+        ':', 'test', TINY_CONFIG, 'w/iter_2.pth', *options, '--report', 'r', '--out', 'o', '--json', 'q.json', **locale
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / 'r' / 'index.html').read_text(encoding='utf-8')
+    assert len(list((tmp_path / 'o').iterdir())) == 2
+
+
+def test_a_folder_whose_name_is_no_utf8_is_one_line(mini_root, tool_here, tmp_path):
+    odd = tmp_path / os.fsdecode(b'\xff')
+    shutil.copytree(mini_root, odd)
+    process = tool_here('train', TINY_CONFIG, '--data-root', odd, '--weights', 'none', '--work-dir', 'w')
+    assert_user_error(process, '--data-root', 'is no UTF-8', 'ln -s')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['model.pt2', 'model.onnx'])
+def test_an_export_to_a_full_disk_is_one_line_and_keeps_the_old_file(name, under, trained, tmp_path):
+    (tmp_path / 'disk').mkdir()
+    process = under(
+        f'mount -t tmpfs -o size=100k tmpfs disk; echo old > disk/{name}; trap "" EXIT',
+        'export', TINY_CONFIG, trained, '--out', f'disk/{name}', '--shape', 64, 64, '--verify', 1,
+    )  # fmt: skip
+    assert_user_error(process, f'disk/{name}: No space left on device: free space')
+
+
+@pytest.mark.slow
 def test_a_run_without_a_home(under, training):
     process = under('unset HOME USER LOGNAME', *training)
     assert process.returncode == 0, process.stderr
