@@ -210,6 +210,8 @@ class FaultTolerantMixin:
         else:
             with atomic_write(Path(out_dir, filename), durable=True) as partial_file:
                 super().save_checkpoint(str(out_dir), partial_file.name, *args, **kwargs)
+            if self.cfg.filename and not Path(self.work_dir, Path(self.cfg.filename).name).exists():
+                super().dump_config()  # somebody has removed the work dir
 
     def resume(self, filename: str, *args, **kwargs) -> None:
         """Load weights, optimizer, schedulers and message hub from a checkpoint; rates and schedules are the config's.

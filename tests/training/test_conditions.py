@@ -172,7 +172,8 @@ def test_a_work_dir_that_is_moved_away_costs_no_run(tiny_cfg):
     tiny_cfg.default_hooks.checkpoint.interval = 2
     end = run_result(train(tiny_cfg, TrainOptions(seed=5)))
     assert end['done'] == 6
-    assert Path(tiny_cfg.work_dir, 'iter_6.pth').is_file() and Path(f'{tiny_cfg.work_dir}.moved').is_dir()
+    assert Path(tiny_cfg.work_dir, 'iter_6.pth').is_file() and end['config'].is_file()
+    assert Path(f'{tiny_cfg.work_dir}.moved').is_dir()
 
 
 def test_where_the_work_dir_cannot_be_written_the_last_checkpoint_is_kept_elsewhere(tiny_cfg, tmp_path, monkeypatch):
