@@ -164,6 +164,8 @@ def stored_channels(image: Image.Image) -> int:
 
 def list_image_files(folder: Path) -> list[Path]:
     """List all image files under a folder, by suffix in any case, sorted, see :func:`find_files`."""
+    if not folder.is_dir():
+        return []
     return sorted(folder / path for path in find_files(folder, IMAGE_SUFFIXES))
 
 

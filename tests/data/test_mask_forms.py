@@ -320,19 +320,14 @@ def test_pipes_and_folders_in_the_place_of_files_are_named(tmp_path, tool_here):
     os.mkfifo(replaced(images / '3.jpg'))
     process = tool_here('check_dataset', '--data', path, '--workers', 1)
     assert process.returncode == 1
-    why = 'a directory, a pipe or a device, not a file'
-    assert sorted(line for line in process.stdout.splitlines() if line.startswith(str(tmp_path))) == [
-        f'{masks / "0.png"}: {why}',
-        f'{masks / "2.png"}: {why}',
-        f'{images / "1.jpg"}: has no annotation: expected {masks / "1.png"}',
-        f'{images / "3.jpg"}: {why}',
+    lines = process.stdout.splitlines()
+    assert sorted(line for line in lines if line.startswith(str(tmp_path))) == [
+        f'{images / f"{i}.jpg"}: has no annotation: expected {masks / f"{i}.png"}' for i in range(3)
     ]
-    (masks / '1.png').rmdir()
-    (images / '1.jpg').unlink()
-    assert_user_error(tool_here('train', TINY_CONFIG, '--data', path, '--weights', 'none', '--work-dir', 'work'), why)
-    (images / '3.jpg').unlink()
-    for command in (('check_dataset', tmp_path / 'data'), ('train', TINY_CONFIG, '--data', path, '--work-dir', 'w')):
-        assert_user_error(tool_here(*command), str(masks), why)
+    for left_out in (masks / '0.png', masks / '1.png', masks / '2.png', images / '3.jpg'):
+        assert any(line.startswith(f'warning: {left_out} is left out: ') for line in lines), left_out
+    process = tool_here('train', TINY_CONFIG, '--data', path, '--weights', 'none', '--work-dir', 'work')
+    assert_user_error(process, 'have no annotation', '0.jpg')
 
 
 def test_pipes_in_the_place_of_files_in_mmsegs_data_sets(tmp_path, tool_here, mini_root, trained):

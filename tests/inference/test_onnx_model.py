@@ -278,7 +278,7 @@ def test_a_signal_ends_a_long_run(tmp_path):
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         segmentor(np.zeros((*size, 3), np.uint8))
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 30
 
 
 def test_nothing_is_reported_to_the_makers_of_onnx_runtime(tmp_path):
