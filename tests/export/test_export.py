@@ -205,7 +205,7 @@ def test_a_program_of_torch_export(checkpoints, tmp_path):
     torch.testing.assert_close(module(torch.from_numpy(images).float()), expected, rtol=1e-4, atol=1e-4)
     assert json.loads(json.loads(metadata['metadata.json'])['classes'])[0] == 'wall'
     with zipfile.ZipFile(out) as archive:
-        assert {name.split('/')[0] for name in archive.namelist()} == {'model'}
+        assert {name.split('/')[0] for name in archive.namelist()} == {'archive'}
     assert list(tmp_path.iterdir()) == [out]
 
 
