@@ -110,8 +110,14 @@ def pair_reader(workers: int) -> Iterator[Callable[[list[tuple[str, str | None, 
         return
     # fork avoids importing again, which takes seconds; it is safe on Linux only.
     context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
-    with ProcessPoolExecutor(workers, context, _leave_signals_to_parent) as pool:
+    try:
+        pool = ProcessPoolExecutor(workers, context, _leave_signals_to_parent)
         pool.submit(int).result()  # fork before a progress bar starts a thread
+    except OSError as error:  # no shared memory for its locks, no files for its pipes
+        raise UserError(
+            f'no process can be started ({error.strerror}; /dev/shm or ulimit -n): try workers=1'
+        ) from error
+    with pool:
         yield lambda pairs: _read_in(pool, workers, pairs)
 
 

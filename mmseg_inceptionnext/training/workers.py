@@ -42,7 +42,13 @@ class Workers:
         return cls(loader.num_workers, loader.prefetch_factor or 0, loader.batch_size or 1)
 
     def __str__(self) -> str:
-        return f'{self.number} workers × {self.prefetched} batches of {self.batch_size} images'
+        many = [
+            f'{number} {noun}' if number != 1 else f'1 {noun.removesuffix(ending)}'
+            for number, noun, ending in (
+                (self.number, 'workers', 's'), (self.prefetched, 'batches', 'es'), (self.batch_size, 'images', 's')
+            )
+        ]  # fmt: skip
+        return '{} × {} of {}'.format(*many)
 
     def check_limits(self) -> None:
         """Check, before they start, that the system lets them run.

@@ -66,6 +66,13 @@ def test_a_small_shared_memory_ends_the_run_with_its_name(size, under, training)
 
 
 @pytest.mark.slow
+def test_the_check_without_shared_memory_says_what_to_do(under, mini_root):
+    arguments = ('mount -t tmpfs -o size=4k tmpfs /dev/shm', 'check_dataset', TINY_CONFIG, '--data-root', mini_root)
+    assert_user_error(under(*arguments, '--workers', 2), '/dev/shm', '--workers 1')
+    assert under(*arguments, '--workers', 1).returncode == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('files', [24, 40])
 def test_few_open_files_end_the_run_with_the_number_needed(files, under, training):
     process = under(f'ulimit -n {files}', *training)
