@@ -137,12 +137,13 @@ class FaultTolerantMixin:
             (self.model.module if is_model_wrapper(self.model) else self.model).backbone.init_cfg = None
         try:
             with self.stop_signal, self.noticing_dead_ranks(), self.closing_progress():
-                return super().train()
-        except Interrupted:
-            self.stop_if_asked(self.iter)
-            self.call_hook('after_train')
-            self.call_hook('after_run')
-            return self.model
+                try:
+                    return super().train()
+                except Interrupted:  # here, where another signal does not end the process while it saves
+                    self.stop_if_asked(self.iter)
+                    self.call_hook('after_train')
+                    self.call_hook('after_run')
+                    return self.model
         except BadSample as error:
             # Data are fetched between iterations, by all ranks together: the weights are those of a complete iteration.
             kept = self.save_now(self.iter)
