@@ -152,17 +152,18 @@ def test_a_signal_is_noted_between_waits_and_ends_the_next():
             pytest.fail('it waited')
 
 
-def test_a_second_sigterm_ends_the_process_but_its_echo_does_not():
+def test_a_second_signal_ends_the_process_but_the_echo_of_sigterm_does_not():
     program = (
         'import os, signal, sys, time\n'
         'from mmseg_inceptionnext.training.signals import StopSignal\n'
         'with StopSignal():\n'
         '    for pause in (0, 0, float(sys.argv[1])):\n'
-        '        time.sleep(pause); os.kill(os.getpid(), signal.SIGTERM)\n'
+        '        time.sleep(pause); os.kill(os.getpid(), int(sys.argv[2]))\n'
         '    time.sleep(0.1)\n'
     )
-    for pause, code in ((0, 0), (1.2, -signal.SIGTERM)):
-        assert subprocess.run([sys.executable, '-c', program, str(pause)], capture_output=True).returncode == code
+    for number, pause, code in ((signal.SIGTERM, 0, 0), (signal.SIGTERM, 1.2, -15), (signal.SIGINT, 0, -2)):
+        command = [sys.executable, '-c', program, str(pause), str(int(number))]
+        assert subprocess.run(command, capture_output=True).returncode == code
 
 
 @HOOKS.register_module(force=True)
