@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from mmseg_inceptionnext.files import atomic_write
 
 _INK, _PAPER, _GAP = (32, 32, 32), (255, 255, 255), 8
 
@@ -44,6 +47,16 @@ def draw_comparison(image: np.ndarray, truth: np.ndarray | None, prediction: np.
     panels = {'image': image, **{title: draw_overlay(image, labels, palette) for title, labels in maps.items()}}
     present = [label for label in np.unique(np.stack([*maps.values()])) if 0 <= label < len(classes)]
     return add_legend(draw_panels(panels), present, classes, palette, _text_size(len(image)))
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture as a whole or not at all; the suffix chooses the format.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with atomic_write(path) as partial:
+        picture.save(partial)
 
 
 def draw_panels(panels: Mapping[str, np.ndarray]) -> Image.Image:

@@ -30,7 +30,8 @@ def find_files(folder: str | os.PathLike, suffixes: str | tuple[str, ...] = '') 
     Raises:
         OSError: A folder cannot be read.
     """
-    return sorted(os.path.relpath(path, folder) for path in _walk(os.fspath(folder), suffixes, ()))
+    found = (os.path.relpath(path, folder) for path in _walk(os.fspath(folder), suffixes, ()))
+    return sorted(found, key=lambda path: path.split(os.sep))  # as pathlib sorts
 
 
 def _walk(folder: str, suffixes: str | tuple[str, ...], above: tuple[os.stat_result, ...]) -> Iterator[str]:

@@ -166,7 +166,7 @@ def list_image_files(folder: Path) -> list[Path]:
     """List all image files under a folder, by suffix in any case, sorted, see :func:`find_files`."""
     if not folder.is_dir():
         return []
-    return sorted(folder / path for path in find_files(folder, IMAGE_SUFFIXES))
+    return [folder / path for path in find_files(folder, IMAGE_SUFFIXES)]
 
 
 def swap_rgb(pixels: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Listing folders: loops, pipes, links that lead nowhere, folders with the names of images."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -30,8 +31,8 @@ def odd_root(mini_root, tmp_path):
     (images / 'self.jpg').symlink_to('self.jpg')
     os.mkfifo(images / 'pipe.jpg')
     (images / 'folder.jpg').mkdir()
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(os.path.relpath(images / 'socket.jpg'))
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(images):  # names of sockets are short
+        server.bind('socket.jpg')
     return root
 
 

@@ -16,7 +16,7 @@ from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.data.check import list_samples, open_dataset
 from mmseg_inceptionnext.data.pipeline import leaf_datasets
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.files import atomic_write
+from mmseg_inceptionnext.files import write_text
 
 _COUNTS_FILE = 'class_counts.json'
 
@@ -76,8 +76,8 @@ def keep_counts(cfg: Config, pixels: dict[str, int]) -> None:
         kept = json.loads(file.read_text(encoding='utf-8'))
     except (OSError, ValueError):
         kept = {}
-    with contextlib.suppress(OSError), atomic_write(file) as partial:
-        partial.write_text(json.dumps({**(kept if isinstance(kept, dict) else {}), _hash(dataset_cfg): pixels}))
+    with contextlib.suppress(OSError):
+        write_text(file, json.dumps({**(kept if isinstance(kept, dict) else {}), _hash(dataset_cfg): pixels}))
 
 
 def _is_cross_entropy(loss: ConfigDict) -> bool:

@@ -118,12 +118,11 @@ class GuardedPipeline(Compose):
         if self.in_a_row == _MOST_IN_A_ROW:
             raise UnreadableFile(f'{_MOST_IN_A_ROW} files in a row cannot be read, the last: {error}') from error
         try:
-            with self.skipped.open(
-                'a', encoding='utf-8'
-            ) as file:  # one write, so that lines of several workers stay whole
+            # One write, so that lines of several workers stay whole.
+            with self.skipped.open('a', encoding='utf-8') as file:
                 file.write(f'{one_line(error)}\n')
-        except OSError as error:
-            if not system_fault(error):
+        except OSError as failure:
+            if not system_fault(failure):
                 raise
 
 

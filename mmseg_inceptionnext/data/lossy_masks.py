@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mmseg_inceptionnext.data.mask_coding import colour_of, mask_numbers
-from mmseg_inceptionnext.drawing import add_legend, draw_panels
+from mmseg_inceptionnext.drawing import add_legend, draw_panels, save_picture
 from mmseg_inceptionnext.labels import distinct_colour
 
 _STRAY = (0, 0, 0)  # beside pale colours
@@ -50,7 +50,7 @@ def draw_lossy(mask: str, path: Path) -> None:
     whole = picture.repeat(factor, axis=0).repeat(factor, axis=1)
     enlarged = cv2.resize(part, (len(whole) * part.shape[1] // len(part), len(whole)), interpolation=cv2.INTER_NEAREST)
     panels = draw_panels({Path(mask).name: whole, f'a part, {len(whole) / len(part):.0f} times as large': enlarged})
-    add_legend(panels, range(len(names)), names, colours).save(path)
+    save_picture(add_legend(panels, range(len(names)), names, colours), path)
 
 
 def _shown(value: int, is_colour: bool) -> str:

@@ -9,8 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mmseg_inceptionnext.data.mask_coding import MaskCoding, colour_of
-from mmseg_inceptionnext.drawing import draw_overlay
-from mmseg_inceptionnext.files import atomic_write
+from mmseg_inceptionnext.drawing import draw_overlay, save_picture
 from mmseg_inceptionnext.images import read_image
 from mmseg_inceptionnext.labels import Code
 
@@ -98,5 +97,4 @@ def draw_unnamed(unnamed: UnnamedCodes, folder: Path) -> None:
             pixels = read_image(image)
             picture = np.hstack([pixels, draw_overlay(pixels, marked, [_MARKED], opacity=0.8)])
             kind = 'colour' if unnamed.coding.is_colour else 'id'
-            with atomic_write(folder / f'{kind}_{name}_{Path(image).stem}.png') as path:
-                Image.fromarray(picture).save(path)
+            save_picture(Image.fromarray(picture), folder / f'{kind}_{name}_{Path(image).stem}.png')

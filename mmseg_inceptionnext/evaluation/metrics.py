@@ -13,8 +13,8 @@ from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
 from PIL import Image
 
+from mmseg_inceptionnext.drawing import save_picture
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.files import atomic_write
 from mmseg_inceptionnext.labels import Classes, codes_of_meta, ignore_index_of, label_array
 
 # Metrics of a whole test set, in percent, and their long names.
@@ -60,8 +60,8 @@ class PerClassIoUMetric(IoUMetric):
         classes = Classes(names, (), codes_of_meta(self.dataset_meta, len(names)))
         for sample in data_samples:
             labels = label_array(sample['pred_sem_seg']['data'])
-            with atomic_write(Path(folder, f'{Path(sample["img_path"]).stem}.png')) as path:
-                Image.fromarray(classes.encode(labels)).save(path)
+            path = Path(folder, f'{Path(sample["img_path"]).stem}.png')
+            save_picture(Image.fromarray(classes.encode(labels)), path)
 
     def _without_unknown(self, sample: dict, num_classes: int) -> dict:
         if self.format_only:

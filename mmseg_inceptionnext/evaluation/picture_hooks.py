@@ -18,9 +18,8 @@ from mmseg.structures import SegDataSample
 from PIL import Image
 
 from mmseg_inceptionnext.console import say
-from mmseg_inceptionnext.drawing import draw_comparison
+from mmseg_inceptionnext.drawing import draw_comparison, save_picture
 from mmseg_inceptionnext.errors import printable
-from mmseg_inceptionnext.files import atomic_write
 from mmseg_inceptionnext.images import local_or_content, read_picture
 from mmseg_inceptionnext.labels import IGNORE_INDEX, label_array
 
@@ -58,7 +57,7 @@ class OverlayHook(_Pictures):
         for sample in outputs:
             path = self.out_dir / f'{Path(sample.img_path).stem}.png'
             meta = runner.test_dataloader.dataset.metainfo
-            self._draw(sample, meta, runner.test_evaluator, lambda picture, path=path: _save(picture, path))
+            self._draw(sample, meta, runner.test_evaluator, lambda picture, path=path: save_picture(picture, path))
 
     def after_test(self, runner) -> None:
         self._end()
@@ -95,11 +94,6 @@ class ValidationSamplesHook(_Pictures):
 
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
         self._end()
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    with atomic_write(path) as partial:
-        picture.save(partial)
 
 
 def comparison_of_sample(sample: SegDataSample, meta: dict, ignore_index: int = IGNORE_INDEX) -> Image.Image:

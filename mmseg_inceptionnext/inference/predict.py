@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mmseg_inceptionnext.data.prefetch import map_ahead
-from mmseg_inceptionnext.drawing import add_legend
+from mmseg_inceptionnext.drawing import add_legend, save_picture
 from mmseg_inceptionnext.errors import UserError, printable
 from mmseg_inceptionnext.files import atomic_write
 from mmseg_inceptionnext.inference.segmentor import Segmentation, Segmentor
@@ -99,11 +99,9 @@ def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Out
     def write(result: tuple[Source, Segmentation]) -> None:
         source, segmentation = result
         with _naming_unwritable_file():
-            with atomic_write(output.overlay_of(source)) as path:
-                segmentation.overlay(output.opacity, output.legend).save(path)
+            save_picture(segmentation.overlay(output.opacity, output.legend), output.overlay_of(source))
             if output.labels:
-                with atomic_write(output.labels_of(source)) as path:
-                    segmentation.label_image().save(path)
+                save_picture(segmentation.label_image(), output.labels_of(source))
         on_progress(1)
 
     with ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(1) as writer:
@@ -143,8 +141,7 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
         with _naming_unwritable_file():
             overlay.add(picture)
             if output.labels:
-                with atomic_write(output.labels_of(source) / f'{overlay.frames:06d}.png') as path:
-                    result.label_image().save(path)
+                save_picture(result.label_image(), output.labels_of(source) / f'{overlay.frames:06d}.png')
         on_progress(1)
 
     if output.labels:

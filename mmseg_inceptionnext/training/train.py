@@ -51,8 +51,7 @@ def train(cfg: Config, options: TrainOptions = TrainOptions()) -> FaultTolerantM
     Raises:
         UserError: The data set, the weights or the checkpoint cannot be read or do not fit; or the loss is not finite.
     """
-    check(cfg, options)
-    init_process_group(cfg.get('launcher', 'none'), cfg.get('env_cfg', {}).get('dist_cfg'))
+    _start(cfg, options)
     with locked(cfg.work_dir):
         options = resume_if_restarted(cfg, options)
         if text := _occupied(cfg, options):
@@ -64,12 +63,16 @@ def train(cfg: Config, options: TrainOptions = TrainOptions()) -> FaultTolerantM
 
 def plan(cfg: Config, options: TrainOptions = TrainOptions()) -> Plan:
     """Return what :func:`train` would do with the same arguments, and its cost; keep nothing."""
-    check(cfg, options)
-    init_process_group(cfg.get('launcher', 'none'), cfg.get('env_cfg', {}).get('dist_cfg'))
+    _start(cfg, options)
     if is_main_process() and (text := holder(cfg.work_dir) or _occupied(cfg, options)):
         say(text, logging.WARNING)
     point = apply(cfg, options)
     return dry_run(cfg, lambda changed: make_runner(changed, point))
+
+
+def _start(cfg: Config, options: TrainOptions) -> None:
+    check(cfg, options)
+    init_process_group(cfg.get('launcher', 'none'), cfg.get('env_cfg', {}).get('dist_cfg'))
 
 
 def check(cfg: Config, options: TrainOptions) -> None:

@@ -37,16 +37,15 @@ def locked(work_dir: str | Path) -> Iterator[None]:
     Raises:
         UserError: Another training has it; the error says which.
     """
-    found: list[int | str] = [_lock(Path(work_dir)) if is_main_process() else 0]
-    broadcast = list(found)
-    broadcast_object_list(broadcast)
-    if isinstance(broadcast[0], str):
-        raise UserError(broadcast[0])
+    found = _lock(Path(work_dir)) if is_main_process() else -1
+    fault = [found if isinstance(found, str) else '']
+    broadcast_object_list(fault)
+    if fault[0]:
+        raise UserError(fault[0])
     try:
         yield
     finally:
-        if is_main_process():
-            _release(Path(work_dir), found[0])
+        _release(Path(work_dir), found)
 
 
 def holder(work_dir: str | Path) -> str:
@@ -71,17 +70,17 @@ def _lock(folder: Path) -> int | str:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_current = os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor))
         except OSError as error:
             content = os.read(descriptor, 4096)
             os.close(descriptor)
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                return _occupied(folder, content)
+                return _in_use(folder, content)
             say(f'{folder} cannot be locked ({error.strerror}): take care that no other training uses it',
                 logging.WARNING)  # fmt: skip
             return -1
-        if is_current:
-            break
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                break
         os.close(descriptor)  # its holder has removed it in between
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
@@ -105,7 +104,7 @@ def _this_process() -> dict:
     )
 
 
-def _occupied(folder: Path, content: bytes) -> str:
+def _in_use(folder: Path, content: bytes) -> str:
     who = 'another training'
     with suppress(ValueError, KeyError, TypeError):  # it is about to be written
         facts = json.loads(content)

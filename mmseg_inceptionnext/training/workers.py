@@ -42,13 +42,9 @@ class Workers:
         return cls(loader.num_workers, loader.prefetch_factor or 0, loader.batch_size or 1)
 
     def __str__(self) -> str:
-        many = [
-            f'{number} {noun}' if number != 1 else f'1 {noun.removesuffix(ending)}'
-            for number, noun, ending in (
-                (self.number, 'workers', 's'), (self.prefetched, 'batches', 'es'), (self.batch_size, 'images', 's')
-            )
-        ]  # fmt: skip
-        return '{} × {} of {}'.format(*many)
+        workers = _count(self.number, 'worker', 'workers')
+        batches, images = _count(self.prefetched, 'batch', 'batches'), _count(self.batch_size, 'image', 'images')
+        return f'{workers} × {batches} of {images}'
 
     def check_limits(self) -> None:
         """Check, before they start, that the system lets them run.
@@ -143,6 +139,10 @@ def size_of(batch: object) -> int:
     if isinstance(batch, dict):
         return sum(map(size_of, batch.values()))
     return sum(map(size_of, batch)) if isinstance(batch, (list, tuple)) else 0
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f'{number} {one if number == 1 else many}'
 
 
 def _more_memory(needed: int) -> str:

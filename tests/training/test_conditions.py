@@ -84,9 +84,7 @@ def test_few_open_files_end_the_run_with_the_number_needed(files, under, trainin
 def test_a_worker_that_runs_out_of_open_files_leaves_no_run_waiting(files, under, training, tmp_path):
     """As if the estimate before the run were wrong."""
     (tmp_path / 'sitecustomize.py').write_text(
-        'import atexit, builtins\n'
-        'import mmseg_inceptionnext.training.workers as workers\n'
-        'workers.Workers.check_limits = lambda self: None\n'
+        'import mmseg_inceptionnext.training.workers as workers\nworkers.Workers.check_limits = lambda self: None\n'
     )
     process = under(f'ulimit -n {files}', *training, PYTHONPATH=f'{tmp_path}:{ROOT}')
     assert process.returncode in (0, 2), process.stderr
