@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -19,6 +20,7 @@ from mmseg_inceptionnext.command_line import (
 )
 from mmseg_inceptionnext.inference.onnx_model import is_onnx
 from mmseg_inceptionnext.inference.predict import count_images, predict
+from mmseg_inceptionnext.inference.runtimes import RUNTIMES
 from mmseg_inceptionnext.inference.segmentor import Segmentor
 from mmseg_inceptionnext.inference.sources import Output, find_sources
 
@@ -58,8 +60,14 @@ def main() -> None:
     parser.add_argument(
         '--fast', action=argparse.BooleanOptionalAction, default=True, help='fold and pack the model first (on)'
     )
+    parser.add_argument(
+        '--runtime', choices=RUNTIMES, help='what runs a .onnx file (what it was exported for, else onnxruntime)'
+    )
+    parser.add_argument('--threads', metavar='N', type=positive_int, help='threads of the CPU (one for each core)')
     add_trust_option(parser)
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if is_onnx(args.config):  # tools/export.py's, which stands for config and checkpoint
         args.checkpoint, args.inputs = None, [args.checkpoint, *args.inputs]
     if not args.inputs:
@@ -73,7 +81,7 @@ def main() -> None:
         lines = sys.stdin
     sources = find_sources(args.inputs, args.out, lines)
     with trusting_checkpoints(args.trust_checkpoint):
-        segmentor = Segmentor(args.config, args.checkpoint, args.device, args.classes, args.fast)
+        segmentor = Segmentor(args.config, args.checkpoint, args.device, args.classes, args.fast, args.runtime)
     columns = [
         BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn('{task.fields[rate]}'),

@@ -25,6 +25,7 @@ from mmseg_inceptionnext.data.pipeline import leaf_datasets, pipeline_for_arrays
 from mmseg_inceptionnext.device import find_device
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.export.exportable import ExportableSegmentor, threshold_of
+from mmseg_inceptionnext.export.quantize import Calibration, Quantization, compare, quantize
 from mmseg_inceptionnext.files import atomic_write
 from mmseg_inceptionnext.images import read_image, swap_rgb
 from mmseg_inceptionnext.inference.onnx_model import (
@@ -33,16 +34,19 @@ from mmseg_inceptionnext.inference.onnx_model import (
     OnnxModel,
     check_resize,
     foreign_operators,
-    import_onnx,
     is_onnx,
     two_logits,
 )
+from mmseg_inceptionnext.inference.runtimes import RUNTIMES, computes_bf16, import_onnx
 from mmseg_inceptionnext.inference.segmentor import load_trained
 from mmseg_inceptionnext.models.build import LARGEST_STRIDE, channels_of, heads_of
 from mmseg_inceptionnext.version import __version__
 
-# How far a logit may be from mmseg's, relative to the largest. Half precision has 11 bits and rounds in every layer.
-TOLERANCES = {'fp32': 1e-4, 'fp16': 1e-2}
+# How far a logit may be from mmseg's, relative to the largest. Half precision has 11 bits and bfloat16 has 8, and both
+# round in every layer. What int8 loses is measured in other terms, see quantize.py.
+TOLERANCES = {'fp32': 1e-4, 'fp16': 1e-2, 'bf16': 8e-2}
+_LARGEST_CONSTANT = 2**24  # elements: matrices of interpolation, not activations
+PRECISIONS = ('auto', *TOLERANCES, 'int8')
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,18 @@ class Verification:
         shape: Height and width that the file takes; None for any.
         images: Number of images that were run through both.
         error: Largest deviation of a logit, relative to the largest logit. For labels, half the difference between the
-            largest logit and that of the chosen class.
+            largest logit and that of the chosen class. None for int8.
         differing: Share of pixels whose labels differ: ties, which the deviation decides.
+        precision: What the file is computed in.
+        quantization: What int8 has lost.
     """
 
     shape: tuple[int, int] | None
     images: int
-    error: float
+    error: float | None
     differing: float
+    precision: str
+    quantization: Quantization | None = None
 
 
 def export(
@@ -76,6 +84,8 @@ def export(
     images: Sequence[str | Path] = (),
     classes: str | Path | None = None,
     device: str | torch.device = 'cpu',
+    runtime: str | None = None,
+    calibration: Calibration | None = None,
 ) -> Verification:
     """Write a segmentor into a file that needs neither this package nor mmseg, and compare what both compute.
 
@@ -87,54 +97,90 @@ def export(
         dynamic: Accept any size from 32 pixels a side on, and any number of images; for a UPerHead or an FPNHead.
         labels: Return labels, not logits; :class:`~mmseg_inceptionnext.inference.onnx_model.Contract` has their shapes.
         dtype: Dtype of the input, 'uint8' or 'float32', of the same values.
-        precision: 'fp32', or 'fp16' for weights and arithmetic in half precision.
+        precision: 'fp32'; 'fp16' for weights and arithmetic in half precision; 'bf16', which OpenVINO computes in, or
+            'auto' for the faster of this and 'fp32' on this machine; or 'int8', quantised by NNCF.
         verify: Number of random images to compare on, of several sizes if ``dynamic``.
         images: Image files to compare on as well, resized as by the config's test pipeline, or to the file's size.
         device: Device that traces the segmentor and computes what the file is compared with; a ``.pt2`` runs on such a
             one.
+        runtime: 'onnxruntime' (default) or 'openvino': for which the operations of a ``.onnx`` take their fastest form.
+            The file is compared in it, and runs in the other as well.
+        calibration: Images for 'int8': with these it is compared, not with ``verify`` and ``images``.
 
     Raises:
         UserError: The segmentor or its test pipeline cannot be exported; the size is too small; there is nothing to
-            compare on; the result deviates by more than :data:`TOLERANCES`; onnx, onnxscript or onnxruntime is not
-            installed; or torch is too old to write it as ONNX.
+            compare on; the result deviates by more than :data:`TOLERANCES`, or int8 loses more than
+            ``calibration.max_drop``; a package is not installed; or torch is too old to write it as ONNX.
     """
     out = Path(out)
     if not is_onnx(out) and out.suffix != '.pt2':
         raise UserError(f'{out}: the file name must end in .onnx or .pt2')
-    if is_onnx(out):
-        for name in ('onnx', 'onnxscript', 'onnxruntime'):
-            import_onnx(name)
+    runtime = _check_runtime(out, runtime, precision)
+    if (precision == 'int8') != (calibration is not None):
+        raise UserError(
+            "precision='int8' needs images to calibrate on: pass calibrate=DIR or data=FILE"
+            if calibration is None
+            else f"calibrate=DIR goes with precision='int8', not with {precision!r}: drop it"
+        )
     if min(shape) < LARGEST_STRIDE:
         raise UserError(f'shape={tuple(shape)}: no side may be shorter than {LARGEST_STRIDE}')
     if shape[0] * shape[1] > MOST_PIXELS:
         raise UserError(f'shape={tuple(shape)}: these are more than {MOST_PIXELS} pixels')
-    if verify + len(images) < 1:
+    if calibration is None and verify + len(images) < 1:
         raise UserError('there is no image to compare on: pass verify=1 or more, or images=FILE')
     device = find_device(device)
     cfg, model, found = load_trained(config, checkpoint, classes)
     prepare = resize_transforms(pipeline_for_arrays(leaf_datasets(cfg.test_dataloader.dataset)[0].pipeline))
-    module = ExportableSegmentor(model, labels, winograd=not dynamic and precision == 'fp32')
+    if precision == 'auto':
+        precision = 'bf16' if runtime == 'openvino' and computes_bf16() else 'fp32'
+    module = ExportableSegmentor(model, labels, runtime, precision, fixed_size=not dynamic)
     if dynamic and not module.any_size:
         heads = ' and '.join(type(head).__name__ for head in heads_of(model))
         raise UserError(f'{heads} can be exported for one size: drop dynamic=True, and give shape=(H, W)')
     if precision == 'fp16':
         module = module.half()
     contract = Contract(
-        found, labels, dtype, None, prepare, model.align_corners, precision, channels_of(model), threshold_of(model)
-    )
+        found, labels, dtype, None, prepare, model.align_corners, precision, channels_of(model), threshold_of(model),
+        str(module.label_dtype).removeprefix('torch.'), runtime or 'onnxruntime',
+    )  # fmt: skip
     if not dynamic:
         contract = dataclasses.replace(contract, shape=_network_size(shape, contract))
         shape = contract.shape
     model, module = model.to(device), module.to(device)
-    pictures = [
-        *_random_images(verify, contract.channels, shape, dynamic),
-        *(_real_image(path, contract) for path in images),
-    ]
+    if calibration is None:
+        pictures = [
+            *_random_images(verify, contract.channels, shape, dynamic),
+            *(_real_image(path, contract) for path in images),
+        ]
     with _quiet():
         program = _trace(module, contract, shape)
         with atomic_write(out) as path:
-            run = _write_onnx(program, contract, path) if is_onnx(out) else _write_pt2(program, contract, path, device)
-            return _compare(run, model, pictures, contract)
+            if not is_onnx(out):
+                return _compare(_write_pt2(program, contract, path, device), model, pictures, contract)
+            onnx_model = _to_onnx(program, contract)
+            if calibration is None:
+                return _compare(_write_onnx(onnx_model, contract, path), model, pictures, contract)
+            return _write_int8(onnx_model, contract, path, model, set(program.state_dict), calibration)
+
+
+def _check_runtime(out: Path, runtime: str | None, precision: str) -> str | None:
+    """Return the runtime that a file is made for, after checking that it is there and has the precision."""
+    if precision not in PRECISIONS:
+        raise UserError(f'precision={precision!r}: choose one of {", ".join(PRECISIONS)}')
+    if not is_onnx(out):
+        if runtime is not None:
+            raise UserError(f'runtime={runtime!r} is for .onnx files, and {out} is none: drop it')
+        if precision not in ('auto', 'fp32', 'fp16'):
+            raise UserError(f'precision={precision!r} is for .onnx files, and {out} is none: choose fp32 or fp16')
+        return None
+    runtime = runtime or 'onnxruntime'
+    if runtime not in RUNTIMES:
+        raise UserError(f'runtime={runtime!r}: choose {" or ".join(RUNTIMES)}')
+    if precision == 'bf16' and runtime == 'onnxruntime':
+        raise UserError("precision='bf16' needs runtime='openvino': ONNX Runtime does not compute in it on CPUs")
+    for name in ('onnx', 'onnxscript', runtime, *(('onnxruntime', 'nncf') if precision == 'int8' else ())):
+        import_onnx(name)
+    return runtime
 
 
 def resize_transforms(pipeline: list[dict]) -> tuple[dict, ...]:
@@ -217,8 +263,7 @@ def _write_pt2(program: ExportedProgram, contract: Contract, path: Path,
     return lambda images: module(torch.from_numpy(images).to(device, dtype)).cpu().numpy()
 
 
-def _write_onnx(program: ExportedProgram, contract: Contract, path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    onnx = import_onnx('onnx')
+def _to_onnx(program: ExportedProgram, contract: Contract):
     name = 'labels' if contract.labels else 'logits'
     try:
         model = torch.onnx.export(
@@ -229,6 +274,10 @@ def _write_onnx(program: ExportedProgram, contract: Contract, path: Path) -> Cal
             f'the ONNX exporter of torch {torch.__version__} cannot write this segmentor: take a newer torch '
             '(2.14 can), or write a .pt2'
         ) from error
+    # The exporter itself folds small constants only, and NNCF does not read a Cast of a constant.
+    model = import_onnx('onnxscript.optimizer').optimize(
+        model, input_size_limit=_LARGEST_CONSTANT, output_size_limit=_LARGEST_CONSTANT
+    )
     if foreign := foreign_operators(model):
         raise UserError(
             f'this segmentor needs the ONNX operator {foreign[0]}, which is not run from a file: write a .pt2'
@@ -237,11 +286,40 @@ def _write_onnx(program: ExportedProgram, contract: Contract, path: Path) -> Cal
     for part in (model.graph, *model.graph.node, *model.functions):
         part.ClearField('doc_string')
         part.ClearField('metadata_props')  # source lines with local paths
+    return model
+
+
+def _write_onnx(model, contract: Contract, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    onnx = import_onnx('onnx')
     versions = _versions() | {'onnx': onnx.__version__}
+    if contract.precision == 'int8':
+        versions['nncf'] = import_onnx('nncf').__version__
+    del model.metadata_props[:]
     onnx.helper.set_model_props(model, contract.metadata(versions))
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString())
-    return OnnxModel(path).run
+    return OnnxModel(path, contract.runtime).run
+
+
+def _write_int8(model_proto, contract: Contract, path: Path, model: EncoderDecoder, parameters: set[str],
+                calibration: Calibration) -> Verification:  # fmt: skip
+    """Quantise an ONNX model, write it, and compare it with the segmentor."""
+    batches = (_real_image(image, contract).astype(contract.dtype) for image in calibration.images)
+    quantized = quantize(model_proto, parameters, batches)
+    run = _write_onnx(quantized, contract, path)
+
+    def both_labels(image: str) -> tuple[Tensor, Tensor]:
+        pixels = _real_image(image, contract)
+        maps = mmseg_logits(model, pixels), torch.from_numpy(run(pixels))
+        if contract.threshold is not None:
+            maps = [x if x.ndim == 3 else two_logits(x, contract.threshold) for x in maps]
+        expected, result = (x if x.ndim == 3 else x.argmax(1) for x in maps)
+        return expected[0], result[0].long()
+
+    head = heads_of(model)[-1]
+    found = compare(both_labels, calibration, len(contract.classes.names), head.ignore_index)
+    _write_onnx(quantized, dataclasses.replace(contract, quantization=dataclasses.asdict(found)), path)
+    return Verification(contract.shape, found.compared, None, found.differing, contract.precision, found)
 
 
 def _name_sizes(model, contract: Contract) -> None:
@@ -264,7 +342,7 @@ def _compare(run: Callable[[np.ndarray], np.ndarray], model: EncoderDecoder, pic
             expected = two_logits(expected, contract.threshold)
             result = result if contract.labels else two_logits(result, contract.threshold)
         largest = expected.abs().max()
-        labels = result if contract.labels else result.argmax(1)
+        labels = result.long() if contract.labels else result.argmax(1)
         missed = expected.amax(1) - expected.gather(1, labels[:, None])[:, 0]
         # Two logits that each deviate by the tolerance can swap if they differ by less than twice that.
         error = missed.max() / 2 if contract.labels else (result - expected).abs().max()
@@ -276,7 +354,7 @@ def _compare(run: Callable[[np.ndarray], np.ndarray], model: EncoderDecoder, pic
                 f'the exported segmentor deviates by {worst:.1e} of the largest logit, more than {tolerance:.0e}, '
                 f'on an image of {images.shape[3]}×{images.shape[2]}: nothing is written'
             )
-    return Verification(contract.shape, sum(map(len, pictures)), worst, differing / pixels)
+    return Verification(contract.shape, sum(map(len, pictures)), worst, differing / pixels, contract.precision)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Run an exported ONNX file in ONNX Runtime in the place of a segmentor.
+"""Run an exported ONNX file in the place of a segmentor.
 
 Such files come from others, too. Everything in them is checked when they are opened, and what they return is checked
 after each run: see SECURITY.md.
@@ -7,15 +7,9 @@ after each run: see SECURITY.md.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -24,26 +18,28 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
-from mmseg_inceptionnext.errors import MissingPackage, UserError, first_sentence
+from mmseg_inceptionnext.errors import UserError, first_sentence
 from mmseg_inceptionnext.inference.label_map_segmentor import label_map
+from mmseg_inceptionnext.inference.runtimes import RUNTIMES, import_onnx
 from mmseg_inceptionnext.labels import Classes, classes_of_meta
 
-DTYPES = {'uint8': 'tensor(uint8)', 'float32': 'tensor(float)'}  # input dtypes, and ONNX Runtime's names
+DTYPES = ('uint8', 'float32')  # of the input
+_LABEL_DTYPES = ('uint8', 'int64')
 # Transforms of a test pipeline that a file may ask for, and their arguments.
 _PREPARATIONS = {'Resize': {'scale', 'keep_ratio'}, 'ResizeToMultiple': {'size_divisor'}}
 _FORMAT = 'mmseg_inceptionnext 1'
 
-# What torch's exporter writes for the recipes, the baselines and mmseg's own models, and the like for other activations
-# and norms: functions of dense tensors alone. No control flow, strings, sequences or random numbers: a graph is a list
-# of steps, and ends.
+# What torch's exporter writes for the recipes, the baselines and mmseg's own models, the like for other activations and
+# norms, and what NNCF adds: functions of dense tensors alone. No control flow, strings, sequences or random numbers: a
+# graph is a list of steps, and ends.
 _OPERATORS = """
     Abs Add And ArgMax AveragePool BatchNormalization Cast Ceil Clip Concat Constant Conv ConvTranspose CumSum
-    DepthToSpace Div Einsum Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm
-    GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual GroupNormalization HardSigmoid HardSwish Identity
+    DepthToSpace DequantizeLinear Div Einsum Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gelu
+    Gemm GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual GroupNormalization HardSigmoid HardSwish Identity
     InstanceNormalization LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max MaxPool Min Mish Mod
-    Mul Neg Not Or PRelu Pad Pow Range Reciprocal ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
-    Relu Reshape Resize Round ScatterND Shape Sigmoid Sign Slice Softmax Softplus SpaceToDepth Split Sqrt Squeeze Sub
-    Sum Tanh Tile TopK Transpose Unsqueeze Where
+    Mul Neg Not Or PRelu Pad Pow QuantizeLinear Range Reciprocal ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin
+    ReduceProd ReduceSum Relu Reshape Resize Round ScatterND Shape Sigmoid Sign Slice Softmax Softplus SpaceToDepth
+    Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Unsqueeze Where
 """
 # Beyond what a test pipeline or a network asks for: there for files that would take all memory, or hours to be read.
 MOST_PIXELS = 2**26  # 8192×8192
@@ -65,36 +61,25 @@ def is_onnx(path: str | Path) -> bool:
     return Path(path).suffix.lower() == '.onnx'
 
 
-def import_onnx(name: str) -> ModuleType:
-    """Import the package 'onnx', 'onnxruntime' or 'onnxscript'.
-
-    ONNX Runtime's wheels report each session to Microsoft unless this variable is set before they are imported.
-
-    Raises:
-        UserError: It is not installed.
-    """
-    os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise MissingPackage(f'.onnx files need {name}: pip install mmseg-inceptionnext[onnx]') from error
-
-
 @dataclass(frozen=True)
 class Contract:
     """Input and output of an exported file, as in its metadata.
 
     Attributes:
         classes: Names, colours and coding of the labels.
-        labels: Whether it returns labels (N, H, W), int64, or logits (N, classes, H, W), float32; of the input's size.
-            With a threshold there is a single logit.
+        labels: Whether it returns labels (N, H, W), of ``label_dtype``, or logits (N, classes, H, W), float32; of the
+            input's size. With a threshold there is a single logit.
         dtype: Dtype of the input (N, 3, H, W), RGB from 0 to 255: 'uint8' or 'float32'.
         shape: H and W, and N is 1; None if all three are dynamic.
         prepare: How images are resized before: Resize and ResizeToMultiple of the config's test pipeline.
         align_corners: Whether up-sampling aligns corners.
-        precision: Dtype of the weights: 'fp32' or 'fp16'.
+        precision: What it is computed in: 'fp32', 'bf16', 'fp16' or 'int8'. Its weights are float32 for 'bf16'.
         channels: Channels of the input: 3 are RGB.
         threshold: Probability above which a single logit means class 1; None if there is a logit for each class.
+        label_dtype: Dtype of labels: 'uint8', or 'int64' for more than 256 classes.
+        runtime: 'onnxruntime' or 'openvino': in which the form of its operations is fastest. Others run it, too.
+        quantization: How a file of 'int8' compared with its segmentor, see
+            :class:`~mmseg_inceptionnext.export.quantize.Quantization`.
     """
 
     classes: Classes
@@ -106,6 +91,9 @@ class Contract:
     precision: str
     channels: int = 3
     threshold: float | None = None
+    label_dtype: str = 'int64'
+    runtime: str = 'onnxruntime'
+    quantization: dict | None = None
 
     def metadata(self, versions: dict[str, str]) -> dict[str, str]:
         """Return the metadata of a file: JSON under each key, but plain text under ``format``."""
@@ -122,6 +110,9 @@ class Contract:
             align_corners=self.align_corners,
             precision=self.precision,
             threshold=self.threshold,
+            label_dtype=self.label_dtype,
+            runtime=self.runtime,
+            quantization=self.quantization,
             versions=versions,
         )
         return dict(format=_FORMAT) | {key: json.dumps(value) for key, value in facts.items()}
@@ -152,7 +143,12 @@ class Contract:
                 precision=str(facts['precision']),
                 channels=3 if taken['channels'] == 'RGB' else int(taken['channels']),
                 threshold=None if facts.get('threshold') is None else float(facts['threshold']),
+                label_dtype=facts.get('label_dtype', 'int64'),  # files of version 1.0 do not say it, nor the runtime
+                runtime=facts.get('runtime', 'onnxruntime'),
+                quantization=facts.get('quantization'),
             )
+            if contract.label_dtype not in _LABEL_DTYPES or contract.runtime not in RUNTIMES:
+                raise ValueError('unknown values')
             if len(contract.prepare) > _MOST_RESIZES:
                 raise ValueError(f'{len(contract.prepare)} resize transforms')
             if contract.threshold is not None and not (
@@ -210,17 +206,23 @@ class OnnxModel:
     Args:
         path: Path of a file of ``tools/export.py``. ONNX files are data: they hold no code that would run. Those that
             take weights from other files are refused.
+        runtime: 'onnxruntime' or 'openvino'. Default: that for which it was exported.
+        threads: Number of threads. Default: PyTorch's.
 
     Attributes:
         contract: What the file expects and returns.
 
     Raises:
-        UserError: There is no such file, it is damaged, of another program, or refers to other files; or onnx or
-            onnxruntime is not installed.
+        UserError: There is no such file, it is damaged, of another program, or refers to other files; or onnx or the
+            runtime is not installed.
     """
 
-    def __init__(self, path: str | Path):
-        onnx, self._runtime = import_onnx('onnx'), import_onnx('onnxruntime')
+    def __init__(self, path: str | Path, runtime: str | None = None, threads: int | None = None):
+        if runtime is not None and runtime not in RUNTIMES:
+            raise UserError(f'runtime={runtime!r}: choose {" or ".join(RUNTIMES)}')
+        if threads is not None and threads < 1:
+            raise UserError(f'threads={threads} must be at least 1')
+        onnx = import_onnx('onnx')
         self.path = Path(path).expanduser()
         content = self._content()
         try:
@@ -229,21 +231,14 @@ class OnnxModel:
             raise UserError(f'{self.path} is truncated, damaged or no ONNX file') from error
         self.contract = Contract.from_metadata({entry.key: entry.value for entry in model.metadata_props}, self.path)
         self._check_graph(model)
-        options = self._runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 4
-        _limit_memory()
-        options.add_session_config_entry('session.use_env_allocators', '1')
+        session = RUNTIMES[runtime or self.contract.runtime]
         try:
-            self._session = self._runtime.InferenceSession(
-                content,
-                options,
-                providers=['CPUExecutionProvider'],
-                disabled_optimizers=['ConstantFolding'],  # it would run parts of the graph without the limit
-            )
-        except Exception as error:  # ONNX Runtime has a class for every kind of damage
+            self._session = session(content, self.contract.precision, threads or torch.get_num_threads())
+        except UserError:  # it is not installed
+            raise
+        except Exception as error:  # a runtime has a class for every kind of damage
             raise UserError(
-                f'{self.path} cannot be run by ONNX Runtime: {first_sentence(error)[:200]}: export it again'
+                f'{self.path} cannot be run by {session.name}: {first_sentence(error)[:200]}: export it again'
             ) from error
         self._check_contract()
 
@@ -276,14 +271,9 @@ class OnnxModel:
     def _check_contract(self) -> None:
         """Check that input and output are what the metadata say, where the sizes are not dynamic."""
         n, shape = (1, self.contract.shape) if self.contract.shape else (None, (None, None))
-        types = DTYPES[self.contract.dtype], 'tensor(int64)' if self.contract.labels else DTYPES['float32']
-        expected = list(zip(types, self.contract.shapes(n, *shape), strict=True))
-        values = [*self._session.get_inputs(), *self._session.get_outputs()]
-        # Sizes that are dynamic have a name, or none.
-        found = [(value.type, [size if isinstance(size, int) else None for size in value.shape]) for value in values]
-        if found != expected:
+        types = self.contract.dtype, self.contract.label_dtype if self.contract.labels else 'float32'
+        if self._session.values != list(zip(types, self.contract.shapes(n, *shape), strict=True)):
             raise UserError(f'{self.path}: its graph is not what its metadata say: export it again')
-        self._input = values[0].name
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Return logits or labels of images (N, 3, H, W), RGB from 0 to 255.
@@ -308,25 +298,17 @@ class OnnxModel:
         return np.concatenate([self._run(batch) for batch in batches])
 
     def _run(self, images: np.ndarray) -> np.ndarray:
-        # In a thread: the main one could not handle a signal before ONNX Runtime returns, which a large graph may put
-        # off for hours. Told to terminate, it returns after the operator that is running.
-        options = self._runtime.RunOptions()
-        with ThreadPoolExecutor(1) as thread:
-            run = thread.submit(self._session.run, None, {self._input: images}, options)
-            try:
-                (result,) = run.result()
-            except KeyboardInterrupt:
-                options.terminate = True
-                raise
-            except Exception as error:  # from ONNX Runtime
-                if 'alloc' in str(error).lower():  # that of the arena, or std::bad_alloc
-                    raise UserError(
-                        f'{self.path} needs more memory for {images.shape[3]}×{images.shape[2]} pixels than there is: '
-                        'take smaller images, or export it again'
-                    ) from error
+        try:
+            result = self._session.run(images)
+        except Exception as error:  # from the runtime
+            if 'alloc' in str(error).lower():  # that of an arena, or std::bad_alloc
                 raise UserError(
-                    f'{self.path} cannot be run by ONNX Runtime: {first_sentence(error)[:200]}: export it again'
+                    f'{self.path} needs more memory for {images.shape[3]}×{images.shape[2]} pixels than there is: '
+                    'take smaller images, or export it again'
                 ) from error
+            raise UserError(
+                f'{self.path} cannot be run by {self._session.name}: {first_sentence(error)[:200]}: export it again'
+            ) from error
         _, expected = self.contract.shapes(len(images), *images.shape[2:])
         if list(result.shape) != expected:
             raise UserError(
@@ -383,24 +365,6 @@ def foreign_operators(model) -> list[str]:
     """Return the operators of an ONNX model that :class:`OnnxModel` does not run, each as domain.name."""
     found = {f'{node.domain}.{node.op_type}'.removeprefix('.') for node in model.graph.node}
     return sorted(found - set(_OPERATORS.split()))
-
-
-@cache
-def _limit_memory() -> None:
-    """Give all our sessions of this process together at most three quarters of the memory that it can have.
-
-    A graph of a kilobyte can ask for any amount. ONNX Runtime takes a limit for the whole process only.
-    """
-    if not hasattr(os, 'sysconf'):  # Windows
-        limit = 0  # none
-    else:
-        limit = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-        with suppress(OSError, ValueError):  # not in a container, or 'max'
-            limit = min(limit, int(Path('/sys/fs/cgroup/memory.max').read_text()))
-    runtime = import_onnx('onnxruntime')
-    kind = runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
-    where = runtime.OrtMemoryInfo('Cpu', kind, 0, runtime.OrtMemType.DEFAULT)
-    runtime.create_and_register_allocator(where, runtime.OrtArenaCfg({'max_mem': 3 * limit // 4}))
 
 
 def _messages(message, kind: type) -> Iterator:

@@ -114,12 +114,14 @@ class Segmentor:
 
     Args:
         config: Path of a config, name of a shipped one ('upernet/inceptionnext_t'), or a config. Or path of an .onnx
-            file of ``tools/export.py``, which replaces config and checkpoint; ONNX Runtime runs it on the CPU.
+            file of ``tools/export.py``, which replaces config and checkpoint, and runs on the CPU.
         checkpoint: Path of a segmentor trained with the config; every key and shape must agree.
         device: Device, such as 'cpu' or 'cuda:1'. Default: a GPU if there is one.
         classes: 'ade20k' or path of a file, see :func:`~mmseg_inceptionnext.labels.read_classes`. Default: those in the
             checkpoint.
         fast: Fold and pack the model (:func:`~mmseg_inceptionnext.optimize_for_inference`): same predictions, faster.
+        runtime: What runs an .onnx file: 'onnxruntime' or 'openvino'. Default: that for which it was exported.
+        threads: Number of threads for an .onnx file. Default: PyTorch's, ``torch.set_num_threads``.
 
     Attributes:
         classes: Names, colours and coding of the classes.
@@ -138,10 +140,15 @@ class Segmentor:
         device: str | torch.device | None = None,
         classes: str | Path | None = None,
         fast: bool = True,
+        runtime: str | None = None,
+        threads: int | None = None,
     ):
         if checkpoint is None:
-            self._open_onnx(config, device, classes)
+            self._open_onnx(config, device, classes, runtime, threads)
         else:
+            for name, value in (('runtime', runtime), ('threads', threads)):
+                if value is not None:
+                    raise UserError(f'{name}={value!r} is for .onnx files: leave it out, or export the segmentor')
             self._open_trained(config, checkpoint, device, classes, fast)
         if isinstance(config, Config):
             config = copy.deepcopy(config)
@@ -151,7 +158,7 @@ class Segmentor:
             checkpoint = Path(checkpoint).expanduser().absolute()
         if classes not in (None, 'ade20k'):
             classes = Path(classes).absolute()
-        self._arguments = config, checkpoint, device, classes, fast
+        self._arguments = config, checkpoint, device, classes, fast, runtime, threads
 
     def __reduce__(self) -> tuple:
         """Pickle and copy what it was made from; the files are read again where it is unpickled, by the rules there."""
@@ -166,15 +173,15 @@ class Segmentor:
         self._model = optimize_for_inference(model) if fast and isinstance(model, EncoderDecoder) else model
         self._pipeline = Compose(pipeline_for_arrays(leaf_datasets(cfg.test_dataloader.dataset)[0].pipeline))
 
-    def _open_onnx(self, path: str | Path | Config, device: str | torch.device | None,
-                   classes: str | Path | None) -> None:  # fmt: skip
+    def _open_onnx(self, path: str | Path | Config, device: str | torch.device | None, classes: str | Path | None,
+                   runtime: str | None, threads: int | None) -> None:  # fmt: skip
         if isinstance(path, Config) or not is_onnx(path):
             raise UserError('a config needs checkpoint=FILE of a segmentor trained with it; an .onnx file needs none')
         if device is not None and find_device(device).type != 'cpu':
             raise UserError(f'device={str(device)!r}: .onnx files run on the CPU here: leave it out')
         init_default_scope('mmseg')
         self.device = torch.device('cpu')
-        self._model = OnnxModel(path)
+        self._model = OnnxModel(path, runtime, threads)
         self.channels = self._model.contract.channels
         self.classes = self._model.contract.classes
         if classes is not None:
