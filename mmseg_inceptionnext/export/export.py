@@ -157,7 +157,8 @@ def export(
         with atomic_write(out) as path:
             if not is_onnx(out):
                 return _compare(_write_pt2(program, contract, path, device), model, pictures, contract)
-            onnx_model = _to_onnx(program, contract)
+            onnx_model = to_onnx(program, 'labels' if labels else 'logits')
+            _name_sizes(onnx_model, contract)
             if calibration is None:
                 return _compare(_write_onnx(onnx_model, contract, path), model, pictures, contract)
             return _write_int8(onnx_model, contract, path, model, set(program.state_dict), calibration)
@@ -263,11 +264,15 @@ def _write_pt2(program: ExportedProgram, contract: Contract, path: Path,
     return lambda images: module(torch.from_numpy(images).to(device, dtype)).cpu().numpy()
 
 
-def _to_onnx(program: ExportedProgram, contract: Contract):
-    name = 'labels' if contract.labels else 'logits'
+def to_onnx(program: ExportedProgram, output: str):
+    """Return a traced segmentor as an ONNX model, with the name of its output.
+
+    Raises:
+        UserError: torch is too old, or it needs an operator that is not run from a file.
+    """
     try:
         model = torch.onnx.export(
-            program, dynamo=True, input_names=['image'], output_names=[name], verbose=False
+            program, dynamo=True, input_names=['image'], output_names=[output], verbose=False
         ).model_proto
     except torch.onnx.OnnxExporterError as error:
         raise UserError(
@@ -282,7 +287,6 @@ def _to_onnx(program: ExportedProgram, contract: Contract):
         raise UserError(
             f'this segmentor needs the ONNX operator {foreign[0]}, which is not run from a file: write a .pt2'
         )
-    _name_sizes(model, contract)
     for part in (model.graph, *model.graph.node, *model.functions):
         part.ClearField('doc_string')
         part.ClearField('metadata_props')  # source lines with local paths

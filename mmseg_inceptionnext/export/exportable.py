@@ -284,7 +284,7 @@ class WinogradConv3x3(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        weight = torch.einsum('ik,ockl,jl->ijco', _KERNEL, weight.double(), _KERNEL).float()
+        weight = torch.einsum('ik,ockl,jl->ijco', _KERNEL, weight.double(), _KERNEL).flatten(0, 1).float()
         self.weight, self.bias = nn.Parameter(weight.contiguous()), bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -304,7 +304,10 @@ class WinogradConv3x3(nn.Module):
         x = (columns_in @ x[:, :, left:right]).unflatten(2, (6, -1)).unflatten(1, (6, -1))
         x = x.transpose(2, 3)  # (N, 6, 6, tiles, tiles, C)
         tiles = x.shape[3:5]
-        x = (x.flatten(3, 4) @ self.weight).unflatten(3, tiles).transpose(2, 3)
+        # (36, C, O), not (6, 6, C, O): where there are 6 rows of tiles, onnxscript's optimizer would leave out the
+        # reshapes and let the products broadcast along the wrong axes.
+        x = x.flatten(3, 4).flatten(1, 2) @ self.weight
+        x = x.unflatten(2, tiles).unflatten(1, (6, 6)).transpose(2, 3)
         return columns_out @ x.flatten(3, 4).flatten(1, 2)
 
 

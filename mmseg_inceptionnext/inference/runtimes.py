@@ -130,6 +130,8 @@ class OpenVinoSession:
                 pass
         except KeyboardInterrupt:
             self._request.cancel()
+            with suppress(RuntimeError):  # says that it was cancelled; then it can be started again
+                self._request.wait()
             raise
         return self._request.get_output_tensor(0).data.copy()
 

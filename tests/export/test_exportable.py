@@ -1,4 +1,6 @@
-"""What is exported computes what the segmentor computes, at any size; pooling and up-sampling are torch's."""
+"""What is exported computes what the segmentor computes, at any size; pooling and label maps are torch's."""
+
+import itertools
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from mmseg_inceptionnext.export.exportable import (
     ExportableSegmentor,
     WinogradConv3x3,
     average_pool,
-    up_sample,
+    labels_in_blocks,
 )
+from mmseg_inceptionnext.inference.runtimes import RUNTIMES
 
 
 @pytest.mark.parametrize('scale', [1, 2, 3, 5, 6, 8])
@@ -20,23 +23,22 @@ def test_average_pooling_is_torchs_for_all_sizes(scale):
     for height in range(1, 41):
         x = torch.randn(2, 3, height, 41 - height, dtype=torch.double)
         expected = F.adaptive_avg_pool2d(x, scale)
-        pooled = average_pool(x.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
-        torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-14)
+        torch.testing.assert_close(average_pool(x, scale), expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize('channels_last', [False, True])
 @pytest.mark.parametrize('align_corners', [False, True])
-def test_up_sampling_is_torchs_for_all_sizes(align_corners):
+def test_labels_in_blocks_are_the_argmax_of_up_sampled_logits(align_corners, channels_last):
     for height in range(1, 12):
-        for size in ((height, 13), (2 * height - 1, 17), (23, 8 * height)):
-            x = torch.randn(1, 2, height, 7, dtype=torch.double)
-            expected = F.interpolate(x, size, mode='bilinear', align_corners=align_corners)
-            ours = up_sample(x.permute(0, 2, 3, 1), size, align_corners).permute(0, 3, 1, 2)
-            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+        for size in ((height, 13), (2 * height - 1, 17), (67, 8 * height)):
+            logits = torch.randn(2, 5, height, 7, dtype=torch.double)
+            expected = F.interpolate(logits, size, mode='bilinear', align_corners=align_corners).argmax(1)
+            assert torch.equal(labels_in_blocks(logits, size, align_corners, channels_last), expected)
 
 
 @pytest.mark.parametrize('size', [(1, 1), (4, 6), (7, 130), (129, 5), (256, 131)], ids=str)
 def test_winograds_algorithm_is_the_convolution(size):
-    weight, bias, x = torch.randn(3, 2, 3, 3), torch.randn(3), torch.randn(2, *size, 2)
+    weight, bias, x = torch.randn(3, 2, 3, 3), torch.randn(3), torch.randn(2, 2, *size)
     expected = Conv3x3(weight.double(), bias.double())(x.double()).float()
     assert relative_error(WinogradConv3x3(weight, bias)(x), expected) < 1e-5
 
@@ -75,8 +77,12 @@ def test_the_logits_of_mmseg(path, options, size):
         expected = model.encode_decode(inputs, [dict(img_shape=inputs.shape[2:])] * 2)
         logits = ExportableSegmentor(model, labels=False)(images)
         assert relative_error(logits, expected) < 1e-5
-        assert torch.equal(ExportableSegmentor(model, labels=True)(images.float()), logits.argmax(1))
-        assert relative_error(ExportableSegmentor(model, labels=False, winograd=True)(images), expected) < 1e-5
+        assert torch.equal(ExportableSegmentor(model, labels=True)(images.float()).long(), logits.argmax(1))
+        for runtime, precision in itertools.product(RUNTIMES, ('fp32', 'bf16')):
+            form = dict(runtime=runtime, precision=precision, fixed_size=True)
+            assert relative_error(ExportableSegmentor(model, labels=False, **form)(images), expected) < 1e-5
+            labels = ExportableSegmentor(model, labels=True, **form)(images)
+            assert labels.dtype == torch.uint8 and (labels != logits.argmax(1)).double().mean() < 1e-3
 
 
 @pytest.mark.parametrize(
