@@ -11,6 +11,7 @@ from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
 from mmseg_inceptionnext.command_line import (
     ToolParser,
     add_device_option,
+    add_precision_option,
     add_trust_option,
     exit_if_any_failed,
     output_folder,
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument(
         '--fast', action=argparse.BooleanOptionalAction, default=True, help='fold and pack the model first (on)'
     )
+    add_precision_option(parser, 'auto')
     add_trust_option(parser)
     args = parser.parse_args()
     if is_onnx(args.config):  # tools/export.py's, which stands for config and checkpoint
@@ -73,7 +75,7 @@ def main() -> None:
         lines = sys.stdin
     sources = find_sources(args.inputs, args.out, lines)
     with trusting_checkpoints(args.trust_checkpoint):
-        segmentor = Segmentor(args.config, args.checkpoint, args.device, args.classes, args.fast)
+        segmentor = Segmentor(args.config, args.checkpoint, args.device, args.classes, args.fast, args.precision)
     columns = [
         BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn('{task.fields[rate]}'),
