@@ -154,9 +154,8 @@ def main() -> None:
             row.append(f'{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})')
         cells.append(row)
     print(markdown_table(['', 'runtime', 'precision', 's', 'spread', 'times stock fp32', 'times stock there'], cells))
-    print(
-        f'{len(rounds)} rounds, {args.shape[0]}×{args.shape[1]}, {torch.get_num_threads()} threads, {device_name("cpu")}, torch {torch.__version__}'
-    )
+    where = f'{torch.get_num_threads()} threads, {device_name("cpu")}, torch {torch.__version__}'
+    print(f'{len(rounds)} rounds, {args.shape[0]}×{args.shape[1]}, {where}')
 
 
 if __name__ == '__main__':

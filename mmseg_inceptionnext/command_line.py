@@ -23,6 +23,7 @@ from mmseg_inceptionnext.console import lost_output, protect_screen
 from mmseg_inceptionnext.device import memory_fault, raise_open_file_limit
 from mmseg_inceptionnext.errors import printable
 from mmseg_inceptionnext.files import make_folder, remove_empty_folders, system_fault
+from mmseg_inceptionnext.inference.precision import PRECISIONS
 
 # What `python -m mmseg_inceptionnext` calls those tools that it does not call by the name of their file.
 SHORT_NAMES = {
@@ -123,6 +124,16 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 def add_device_option(parser: argparse.ArgumentParser) -> None:
     """Add the option whose value :func:`mmseg_inceptionnext.device.use_device` takes."""
     parser.add_argument('--device', help='cpu, cuda, cuda:1 … (a GPU if there is one)')
+
+
+def add_precision_option(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the option whose values are :data:`mmseg_inceptionnext.inference.precision.PRECISIONS`."""
+    parser.add_argument(
+        '--precision',
+        choices=PRECISIONS,
+        default=default,
+        help=f'what PyTorch models compute in; auto: the faster, by a race of a second ({default})',
+    )
 
 
 def add_verbose_option(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import resource
 import sys
@@ -106,6 +107,15 @@ def use_device(name: str | None, launcher: str = 'none') -> None:
     if device.type == 'cuda' and device.index is not None:
         torch.cuda.set_device(device)
     mmengine.device.utils.DEVICE = device.type  # what get_device returns
+
+
+def multiplies_bfloat16(device: str) -> bool:
+    """Return whether a kind of device has instructions for products of bfloat16. Others emulate them, slowly."""
+    if device == 'cuda':  # since torch 2.4 older GPUs "support" it by emulation
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if platform.machine().lower() in ('x86_64', 'amd64'):
+        return device == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return device == 'cpu' and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def device_name(device: str) -> str:

@@ -5,8 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from support import ROOT, TINY_CONFIG
+
+from mmseg_inceptionnext import Segmentor
+from mmseg_inceptionnext.export import export
 
 
 def run(script: str, *arguments, cwd: Path) -> str:
@@ -40,3 +46,27 @@ def test_own_data(roads, tmp_path):
     report = json.loads((tmp_path / 'work' / 'report' / 'report.json').read_text())
     assert sum(row['pixels'] for row in report['per_class'].values()) == 2 * 46 * 64  # without the ignored rows
     assert (tmp_path / 'work' / 'example.png').is_file()
+
+
+@pytest.mark.parametrize('labels', [False, True], ids=['logits', 'labels'])
+def test_onnx_only_needs_no_torch(trained, mini_root, tmp_path, labels):
+    """Where nothing but numpy, Pillow and onnxruntime can be imported; it writes what Segmentor returns."""
+    pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    if torch.__version__.startswith('2.6.'):
+        pytest.skip("torch 2.6's ONNX exporter cannot write these segmentors")
+    export(TINY_CONFIG, trained, tmp_path / 'm.onnx', (160, 160), labels=labels, verify=1)
+    picture = Image.open(next((mini_root / 'images' / 'validation').iterdir())).resize((160, 160))
+    picture.save(tmp_path / 'a.png')
+    others = 'torch', 'mmseg', 'mmcv', 'mmengine', 'cv2', 'onnx', 'mmseg_inceptionnext'
+    code = (
+        f'import runpy, sys; [sys.modules.__setitem__(name, None) for name in {others}]; '
+        f'sys.argv[1:] = "m.onnx", "a.png", "o.png"; '
+        f'runpy.run_path({str(ROOT / "examples" / "onnx_only.py")!r}, run_name="__main__")'
+    )
+    process = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-3000:]
+    result = Segmentor(tmp_path / 'm.onnx')(tmp_path / 'a.png')
+    assert np.mean(np.asarray(Image.open(tmp_path / 'o.png')) != np.asarray(result.label_image())) < 1e-3
+    printed = dict(line.rsplit(': ', 1) for line in process.stdout.splitlines())
+    assert printed.keys() == result.areas().keys()

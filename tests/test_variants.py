@@ -72,8 +72,15 @@ def run_chain(config, tmp_path, data=None, shape=(96, 96), **changes) -> dict:
     assert len(pictures) == len(list(folders['out'].iterdir())) == 2
 
     sources = sorted(images_of(cfg))
-    assert predict(Segmentor(saved, checkpoint), find_sources(sources, tmp_path / 'p'), Output(tmp_path / 'p')) == {}
-    expected = Segmentor(saved, checkpoint)(sources)
+    assert (
+        predict(
+            Segmentor(saved, checkpoint, precision='fp32'),
+            find_sources(sources, tmp_path / 'p'),
+            Output(tmp_path / 'p'),
+        )
+        == {}
+    )
+    expected = Segmentor(saved, checkpoint, precision='fp32')(sources)
     for source, result in zip(sources, expected, strict=True):
         written = np.asarray(Image.open(folders['out'] / f'{source.stem}.png'))
         assert np.array_equal(written, np.asarray(result.label_image()))

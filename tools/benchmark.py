@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument('--data-root', metavar='D', help='time real test images from here instead of a synthetic one')
     parser.add_argument('--batch-size', type=int, metavar='N', help='(fps: 1; train: the config; backbone: 128 or 8)')
     parser.add_argument('--repeat', type=int, default=5, metavar='N', help='rounds over all configs (5)')
-    parser.add_argument('--precision', choices=PRECISIONS, default='fp32', help='dtype (fp32)')
+    parser.add_argument(
+        '--precision', choices=PRECISIONS, default='fp32', help='dtype; auto: the faster of fp32 and bf16 (fp32)'
+    )
     parser.add_argument('--compile', action='store_true', help='torch.compile')
     parser.add_argument('--layout', choices=LAYOUTS, help='memory layout (nchw; backbone: best)')
     parser.add_argument(

@@ -12,6 +12,7 @@ from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
 from mmseg_inceptionnext.command_line import (
     ToolParser,
     add_device_option,
+    add_precision_option,
     add_trust_option,
     exit_if_any_failed,
     output_folder,
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument(
         '--fast', action=argparse.BooleanOptionalAction, default=True, help='fold and pack the model first (on)'
     )
+    add_precision_option(parser, 'auto')
     parser.add_argument(
         '--runtime', choices=RUNTIMES, help='what runs a .onnx file (what it was exported for, else onnxruntime)'
     )
@@ -81,7 +83,9 @@ def main() -> None:
         lines = sys.stdin
     sources = find_sources(args.inputs, args.out, lines)
     with trusting_checkpoints(args.trust_checkpoint):
-        segmentor = Segmentor(args.config, args.checkpoint, args.device, args.classes, args.fast, args.runtime)
+        segmentor = Segmentor(
+            args.config, args.checkpoint, args.device, args.classes, args.fast, args.precision, args.runtime
+        )
     columns = [
         BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn('{task.fields[rate]}'),

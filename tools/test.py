@@ -8,6 +8,7 @@ from mmseg_inceptionnext.command_line import (
     ToolParser,
     add_config_options,
     add_device_option,
+    add_precision_option,
     add_trust_option,
     add_verbose_option,
     output_file,
@@ -49,6 +50,7 @@ def main() -> None:
         '--report-images', metavar='N', type=positive_int, default=5,
         help='how many of the worst, median and best images the report shows (5)',
     )  # fmt: skip
+    add_precision_option(parser, 'fp32')
     add_device_option(parser)
     add_verbose_option(parser)
     add_trust_option(parser)
@@ -64,7 +66,7 @@ def execute(args: argparse.Namespace) -> None:
     figures = evaluate(
         cfg, args.checkpoint, out=args.out, show_dir=args.show_dir, fast=args.fast, tta=args.tta,
         report=args.report, report_images=args.report_images,
-        need_figures=bool(args.json or args.report or not pictures),
+        need_figures=bool(args.json or args.report or not pictures), precision=args.precision,
     )  # fmt: skip
     if not is_main_process():
         return

@@ -80,7 +80,7 @@ def label_map(logits: Tensor, input_size: tuple[int, int], meta: dict, align_cor
     """Return the most likely class of every pixel of the original image.
 
     Args:
-        logits: (C, h, w), a head's output.
+        logits: (C, h, w), a head's output. Those of half precision are up-sampled in float32.
         input_size: Height and width of the network's input.
         meta: 'ori_shape', and optionally 'img_padding_size' or 'padding_size' (left, right, top, bottom) and 'flip'
             with 'flip_direction', as mmseg's ``postprocess_result`` reads them.
@@ -89,7 +89,7 @@ def label_map(logits: Tensor, input_size: tuple[int, int], meta: dict, align_cor
     Returns:
         (1, height, width), int64.
     """
-    logits = logits.contiguous()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
     size = tuple(meta['ori_shape'][:2])
     largest = logits.new_full(size, -math.inf)
     label = torch.zeros(size, dtype=torch.int16, device=logits.device)  # a quarter of the memory traffic of int64

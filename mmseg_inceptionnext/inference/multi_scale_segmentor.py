@@ -49,7 +49,7 @@ class MultiScaleSegmentor(nn.Module):
             data = model.data_preprocessor(dict(inputs=[image], data_samples=[sample]), False)
             inputs, meta = data['inputs'], data['data_samples'][0].metainfo
             if predicts_by_argmax(model):
-                logits.append(model.decode_head.forward(model.extract_feat(inputs))[0])
+                logits.append(model(inputs, mode='tensor')[0])
             else:  # sliding windows, which overwrite the meta, or a head of another kind
                 logits.append(model.inference(inputs, [dict(meta)])[0])
             metas.append(meta)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 from mmcv.cnn import ConvModule, fuse_conv_bn
@@ -12,13 +13,16 @@ from mmseg.models.segmentors import EncoderDecoder
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.inference.label_map_segmentor import LabelMapSegmentor
 from mmseg_inceptionnext.inference.packed import (
+    PackedConv2d,
     PackedLateUpsampleConv2d,
     PackedMlp,
     PackedPointwiseConv2d,
     packed_conv2d_3x3,
 )
+from mmseg_inceptionnext.inference.precision import check_precision, faster, use_bfloat16
 from mmseg_inceptionnext.models.build import heads_of
 from mmseg_inceptionnext.models.inceptionnext import InceptionNeXt, InceptionNeXtBlock
 from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleConv2d
@@ -28,15 +32,20 @@ from mmseg_inceptionnext.models.winograd import WinogradConv2d
 _PLAIN_CONVS = (nn.Conv2d, WinogradConv2d, LateUpsampleConv2d)
 
 
-def optimize_for_inference(model: EncoderDecoder, example_shape: tuple[int, int] | None = None) -> EncoderDecoder:
+def optimize_for_inference(
+    model: EncoderDecoder, example_shape: tuple[int, int] | None = None, precision: str = 'fp32'
+) -> EncoderDecoder:
     """Return a copy of a segmentor that predicts the same, faster. The model that is given stays as it is.
 
     - BatchNorm and LayerScale of InceptionNeXt's blocks and the norms of stem and down-samplings are folded into the
       convolutions next to them, and those of neck and head as well. This is exact: no padding comes in between.
     - The auxiliary head is dropped. An EncoderDecoder becomes a :class:`LabelMapSegmentor`.
-    - In float32 on a CPU, the weights of InceptionNeXt, FPN, UPerHead and FPNHead are packed
-      (:mod:`mmseg_inceptionnext.inference.packed`), and their wide 3×3 convolutions use Winograd's algorithm.
-      Under ``torch.autocast`` they are not: call this under the autocast that the result will run under.
+    - On a CPU, the weights of InceptionNeXt, FPN, UPerHead and FPNHead are packed
+      (:mod:`mmseg_inceptionnext.inference.packed`) in the precision asked for. In float32, their wide 3×3 convolutions
+      use Winograd's algorithm. Under another ``torch.autocast`` they are not packed: call this under the autocast that
+      the result will run under.
+    - In bfloat16 the result runs under an autocast of its own, so that layers which are not packed are fast as well.
+      Logits are float32. It deviates from float32 as much as the model itself does under autocast.
     - The memory layout is channels_last on a CPU. On other devices it stays as it is, or becomes the faster one for
       ``example_shape``.
 
@@ -44,8 +53,19 @@ def optimize_for_inference(model: EncoderDecoder, example_shape: tuple[int, int]
 
     Args:
         model: A segmentor on the device where it will run.
-        example_shape: Height and width of an image to time both layouts with, on other devices than a CPU.
+        example_shape: Height and width of an image to time both precisions with, and both layouts on other devices
+            than a CPU.
+        precision: 'fp32', 'bf16', or 'auto': the faster of the two for an image of ``example_shape``.
+
+    Raises:
+        UserError: Another precision, or 'auto' without ``example_shape``.
     """
+    check_precision(precision)
+    if precision == 'auto':
+        if example_shape is None:
+            raise UserError("precision='auto' needs example_shape=(H, W), the size of an image to race with")
+        x = _example(model, example_shape)
+        return faster(partial(optimize_for_inference, model, example_shape), lambda made: made(x), _device(model))[1]
     model = copy.deepcopy(model).eval().requires_grad_(False)
     if model.with_auxiliary_head:
         del model.auxiliary_head
@@ -53,8 +73,11 @@ def optimize_for_inference(model: EncoderDecoder, example_shape: tuple[int, int]
         model.__class__ = LabelMapSegmentor
     fold_norms(model)
     device = _device(model)
-    if device == 'cpu' and not torch.is_autocast_enabled('cpu') and packing_works():
-        pack_weights(model)
+    dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
+    if device == 'cpu' and not torch.is_autocast_enabled('cpu') and packing_works(dtype):
+        pack_weights(model, dtype)
+    if precision == 'bf16':
+        use_bfloat16(model)
     layout = torch.contiguous_format
     if device == 'cpu':
         layout = torch.channels_last
@@ -67,6 +90,13 @@ def optimize_for_inference(model: EncoderDecoder, example_shape: tuple[int, int]
     if layout is torch.channels_last:
         model.backbone.register_forward_pre_hook(_to_channels_last)
     return model
+
+
+def made_for(model: nn.Module, precision: str, fast: bool) -> nn.Module:
+    """Return a segmentor that computes in 'fp32' or 'bf16'; an EncoderDecoder optimised, if ``fast``."""
+    if fast and isinstance(model, EncoderDecoder):
+        return optimize_for_inference(model, precision=precision)
+    return use_bfloat16(copy.deepcopy(model)) if precision == 'bf16' else model
 
 
 def fold_norms(model: EncoderDecoder) -> None:
@@ -102,7 +132,7 @@ class FoldedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.mlp, PackedMlp):
-            return self.mlp(self.token_mixer(x), residual=x)
+            return self.mlp(self.token_mixer(x.to(self.mlp.dtype)), residual=x)
         return x + self.mlp(self.token_mixer(x))
 
 
@@ -129,20 +159,29 @@ def _fold_norm_into_next(norm: _BatchNorm, conv: nn.Conv2d) -> None:
     conv.weight.copy_(weight * scale[:, None, None])
 
 
-def pack_weights(model: EncoderDecoder) -> None:
-    """Replace layers by packed ones where there are any, in place. For float32 on a CPU, after :func:`fold_norms`."""
+def pack_weights(model: EncoderDecoder, dtype: torch.dtype = torch.float32) -> None:
+    """Replace float32 layers by packed ones where there are any, in place. For a CPU, after :func:`fold_norms`.
+
+    Args:
+        model: A segmentor.
+        dtype: What the packed layers compute in: float32 or bfloat16.
+    """
     for module in list(model.backbone.modules()):
         if isinstance(module, FoldedBlock) and _is_float32(module.mlp):
-            module.mlp = PackedMlp(module.mlp)
+            module.mlp = PackedMlp(module.mlp, dtype)
+    if isinstance(model.backbone, InceptionNeXt):
+        for module in model.backbone.modules():
+            if type(module) is nn.Conv2d and _is_float32(module):
+                module.to(dtype)  # once, and not in each call
     head = model.decode_head
     # Known parts only: others may read the weights of their layers, which packed ones do not have.
     for part in _neck_and_head(model):
         if isinstance(part, (FPN, UPerHead, FPNHead)):
             for module in list(part.modules()):
                 if isinstance(module, ConvModule) and _is_unpacked(module):
-                    _pack_conv_module(module)
+                    _pack_conv_module(module, dtype)
     if isinstance(head, (UPerHead, FPNHead)) and type(head.conv_seg) is nn.Conv2d and _is_float32(head):
-        head.conv_seg = PackedPointwiseConv2d(head.conv_seg.weight.flatten(1), head.conv_seg.bias)
+        head.conv_seg = PackedPointwiseConv2d(head.conv_seg.weight.flatten(1).to(dtype), head.conv_seg.bias)
 
 
 def _neck_and_head(model: EncoderDecoder) -> list[nn.Module]:
@@ -168,15 +207,17 @@ def _is_unpacked(module: ConvModule) -> bool:
     )
 
 
-def _pack_conv_module(module: ConvModule) -> None:
-    conv = module.conv
+def _pack_conv_module(module: ConvModule, dtype: torch.dtype) -> None:
+    conv, weight = module.conv, module.conv.weight.to(dtype)
+    rectified = module.with_activation and type(module.activate) is nn.ReLU and not _has_norm(module)
+    activation = 'relu' if rectified else 'none'
     if isinstance(conv, LateUpsampleConv2d):
-        module.conv = PackedLateUpsampleConv2d(conv)
+        module.conv = PackedLateUpsampleConv2d(conv, dtype)
     elif (conv.kernel_size, conv.padding) == ((3, 3), (1, 1)):
-        module.conv = packed_conv2d_3x3(conv.weight, conv.bias)
+        module.conv = packed_conv2d_3x3(weight, conv.bias, activation)
     elif (conv.kernel_size, conv.padding) == ((1, 1), (0, 0)):
-        rectified = module.with_activation and type(module.activate) is nn.ReLU and not _has_norm(module)
-        module.conv = PackedPointwiseConv2d(conv.weight.flatten(1), conv.bias, 'relu' if rectified else 'none')
+        module.conv = PackedPointwiseConv2d(weight.flatten(1), conv.bias, activation)
+    if isinstance(module.conv, (PackedPointwiseConv2d, PackedConv2d)):
         module.with_activation = module.with_activation and not rectified
     if module.with_activation and type(module.activate) is nn.ReLU:
         module.activate.inplace = True  # no other module uses the result
@@ -186,19 +227,28 @@ def _has_norm(module: ConvModule) -> bool:
     return module.with_norm and not isinstance(module.norm, nn.Identity)
 
 
-def packing_works() -> bool:
+def packing_works(dtype: torch.dtype = torch.float32) -> bool:
     """Return whether torch has the packed operators here, and they compute what they should."""
-    conv, x = nn.Conv2d(16, 32, 1), torch.randn(1, 16, 4, 4)
+    pointwise, conv, x = nn.Conv2d(16, 32, 1), nn.Conv2d(16, 32, 3, padding=1), torch.randn(1, 16, 4, 4)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
     with torch.no_grad():
         try:
-            packed = PackedPointwiseConv2d(conv.weight.flatten(1), conv.bias, 'relu')(x)
+            packed = [
+                PackedPointwiseConv2d(pointwise.weight.flatten(1).to(dtype), pointwise.bias, 'relu')(x),
+                PackedConv2d(conv.weight.to(dtype), conv.bias, 'relu')(x),
+            ]
         except (AttributeError, NotImplementedError, RuntimeError):
             return False
-        return torch.allclose(packed, conv(x).relu(), atol=1e-5)
+        expected = torch.stack([pointwise(x), conv(x)]).relu()
+        return torch.allclose(torch.stack(packed).float(), expected, atol=tolerance)
 
 
 def _device(model: nn.Module) -> str:
     return next(model.parameters()).device.type
+
+
+def _example(model: nn.Module, shape: tuple[int, int]) -> Tensor:
+    return torch.zeros(1, model.backbone.in_channels, *shape, device=next(model.parameters()).device)
 
 
 def _to_channels_last(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -210,8 +260,7 @@ def _faster_layout(model: EncoderDecoder, shape: tuple[int, int]) -> torch.memor
 
     def seconds(layout: torch.memory_format) -> float:
         model.to(memory_format=layout)
-        x = torch.zeros(1, model.backbone.in_channels, *shape, device=next(model.parameters()).device)
-        x = x.contiguous(memory_format=layout)
+        x = _example(model, shape).contiguous(memory_format=layout)
         with torch.inference_mode():
             timer = Timer("model(x, mode='tensor')", globals=dict(model=model, x=x))
             timer.timeit(3)

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -26,7 +27,8 @@ from mmseg_inceptionnext.drawing import add_legend, draw_overlay
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.images import as_rgb, read_image, swap_rgb
 from mmseg_inceptionnext.inference.onnx_model import OnnxModel, is_onnx
-from mmseg_inceptionnext.inference.optimize import optimize_for_inference
+from mmseg_inceptionnext.inference.optimize import made_for
+from mmseg_inceptionnext.inference.precision import AutoPrecision, check_precision
 from mmseg_inceptionnext.labels import (
     Classes,
     check_num_classes,
@@ -120,6 +122,8 @@ class Segmentor:
         classes: 'ade20k' or path of a file, see :func:`~mmseg_inceptionnext.labels.read_classes`. Default: those in the
             checkpoint.
         fast: Fold and pack the model (:func:`~mmseg_inceptionnext.optimize_for_inference`): same predictions, faster.
+        precision: 'fp32', 'bf16', or 'auto': the faster of the two, which race for about a second on the first images.
+            In bfloat16 labels may differ where two classes are nearly as likely. A .onnx file has its own.
         runtime: What runs an .onnx file: 'onnxruntime' or 'openvino'. Default: that for which it was exported.
         threads: Number of threads for an .onnx file. Default: PyTorch's, ``torch.set_num_threads``.
 
@@ -130,7 +134,7 @@ class Segmentor:
 
     Raises:
         UserError: The config, the checkpoint or the .onnx file cannot be read, they do not fit, the checkpoint does
-            not say what its classes are, or there is no such device.
+            not say what its classes are, or there is no such device or precision.
     """
 
     def __init__(
@@ -140,16 +144,18 @@ class Segmentor:
         device: str | torch.device | None = None,
         classes: str | Path | None = None,
         fast: bool = True,
+        precision: str = 'auto',
         runtime: str | None = None,
         threads: int | None = None,
     ):
+        check_precision(precision)
         if checkpoint is None:
-            self._open_onnx(config, device, classes, runtime, threads)
+            self._open_onnx(config, device, classes, precision, runtime, threads)
         else:
             for name, value in (('runtime', runtime), ('threads', threads)):
                 if value is not None:
                     raise UserError(f'{name}={value!r} is for .onnx files: leave it out, or export the segmentor')
-            self._open_trained(config, checkpoint, device, classes, fast)
+            self._open_trained(config, checkpoint, device, classes, fast, precision)
         if isinstance(config, Config):
             config = copy.deepcopy(config)
         else:
@@ -158,27 +164,33 @@ class Segmentor:
             checkpoint = Path(checkpoint).expanduser().absolute()
         if classes not in (None, 'ade20k'):
             classes = Path(classes).absolute()
-        self._arguments = config, checkpoint, device, classes, fast, runtime, threads
+        self._arguments = config, checkpoint, device, classes, fast, precision, runtime, threads
 
     def __reduce__(self) -> tuple:
         """Pickle and copy what it was made from; the files are read again where it is unpickled, by the rules there."""
-        return type(self), self._arguments
+        *arguments, precision = self._arguments
+        if isinstance(self._model, AutoPrecision):
+            precision = self._model.precision  # a copy is spared the race
+        return type(self), (*arguments, precision)
 
     def _open_trained(self, config: str | Path | Config, checkpoint: str | Path, device: str | torch.device | None,
-                      classes: str | Path | None, fast: bool) -> None:  # fmt: skip
+                      classes: str | Path | None, fast: bool, precision: str) -> None:  # fmt: skip
         self.device = find_device(device)
         cfg, model, self.classes = load_trained(config, checkpoint, classes)
         self.channels = channels_of(model)
         model = model.to(self.device)
-        self._model = optimize_for_inference(model) if fast and isinstance(model, EncoderDecoder) else model
+        make = partial(made_for, model, fast=fast)
+        self._model = AutoPrecision(make, self.device.type) if precision == 'auto' else make(precision)
         self._pipeline = Compose(pipeline_for_arrays(leaf_datasets(cfg.test_dataloader.dataset)[0].pipeline))
 
     def _open_onnx(self, path: str | Path | Config, device: str | torch.device | None, classes: str | Path | None,
-                   runtime: str | None, threads: int | None) -> None:  # fmt: skip
+                   precision: str, runtime: str | None, threads: int | None) -> None:  # fmt: skip
         if isinstance(path, Config) or not is_onnx(path):
             raise UserError('a config needs checkpoint=FILE of a segmentor trained with it; an .onnx file needs none')
         if device is not None and find_device(device).type != 'cpu':
             raise UserError(f'device={str(device)!r}: .onnx files run on the CPU here: leave it out')
+        if precision != 'auto':
+            raise UserError(f'precision={precision!r}: an .onnx file computes in what it was exported in: leave it out')
         init_default_scope('mmseg')
         self.device = torch.device('cpu')
         self._model = OnnxModel(path, runtime, threads)

@@ -180,6 +180,8 @@ def _check(setting: Setting, configs: Sequence[str], checkpoints: Sequence[str])
         raise UserError("fast=True is for inference: it does not go with task='train'")
     if setting.fast and setting.layout is not None:
         raise UserError(f'fast=True chooses the layout: leave layout={setting.layout!r} out')
+    if setting.precision == 'auto' and setting.task != 'fps':
+        raise UserError(f"precision='auto' goes with task='fps': choose one for task={setting.task!r}")
     needs_gpu = setting.precision == 'tf32' or (setting.precision, setting.task) == ('fp16', 'train')
     if needs_gpu and get_device() != 'cuda':
         raise UserError(f'precision={setting.precision!r} needs a GPU: choose fp32 or bf16')
@@ -203,7 +205,6 @@ def summarize_rounds(process: ModelProcess, results: Sequence[dict], first: Sequ
         fps_forward_backward=statistics.median(both) if both else None,
         task=setting.task,
         rounds=len(fps),
-        dtype=setting.precision,
         compiled=setting.compile,
         fast=setting.fast,
         **process.facts,

@@ -20,12 +20,13 @@ from torch import nn
 from mmseg_inceptionnext.config import override, read_config, set_data_root
 from mmseg_inceptionnext.data.check import check_data
 from mmseg_inceptionnext.device import device_name, peak_memory_mb
-from mmseg_inceptionnext.inference.optimize import optimize_for_inference
+from mmseg_inceptionnext.inference.optimize import made_for, optimize_for_inference
+from mmseg_inceptionnext.inference.precision import faster
 from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.training.mixed_precision import amp_optim_wrapper
 
 TASKS = ('fps', 'train', 'backbone')
-PRECISIONS = ('fp32', 'tf32', 'bf16', 'fp16')
+PRECISIONS = ('auto', 'fp32', 'tf32', 'bf16', 'fp16')
 LAYOUTS = ('nchw', 'channels_last', 'best')
 
 _WARM_UP, _IMAGES = 5, 195  # as in mmseg's benchmark
@@ -45,7 +46,8 @@ class Setting:
             protocol: 5 images to warm up, 195 timed, preprocessing not timed.
         batch_size: Images a step. Default: 'fps' 1, 'train' the config's, 'backbone' the paper's 128 on a GPU, else 8.
         repeat: Number of rounds.
-        precision: 'fp32'; 'tf32' (GPU only); 'bf16' or 'fp16' by autocast.
+        precision: 'fp32'; 'tf32' (GPU only); 'bf16' or 'fp16', by autocast or, for ``fast`` and 'bf16', as
+            ``optimize_for_inference`` makes it; for 'fps' also 'auto', the faster of 'fp32' and 'bf16'.
         compile: Run backbone, neck and head through ``torch.compile``.
         layout: 'nchw', 'channels_last', or 'best': the faster of the two for each config.
         fast: Measure what ``optimize_for_inference`` returns, in the layout that it chooses; for the backbone, the
@@ -73,10 +75,11 @@ class TimedModel:
         override(self.cfg, data=setting.data)
         _set_precision(setting.precision)
         self.batch_size, self.shape = self._sizes()
-        self.model = self._build(checkpoint)
-        if setting.fast:
-            with _autocast(self.device, setting.precision)():
-                self.model = optimize_for_inference(self.model, self.shape)
+        self.precision, self.model = setting.precision, self._build(checkpoint)
+        if setting.precision == 'auto':
+            self.precision, self.model = self._faster_precision()
+        elif setting.fast:
+            self.model = self._optimized(setting.precision)
         if setting.compile:
             _compile(self.model)
         layout = 'own' if setting.fast else setting.layout or ('best' if setting.task == 'backbone' else 'nchw')
@@ -87,6 +90,7 @@ class TimedModel:
             batch_size=self.batch_size,
             device=device_name(self.device),
             threads=torch.get_num_threads(),
+            dtype=self.precision,
             layout=self.layout,
             versions=dict(torch=torch.__version__, mmseg=mmseg.__version__),
         )
@@ -111,6 +115,23 @@ class TimedModel:
         if self.cfg.model.get('data_preprocessor', {}).get('size'):
             self.cfg.model.data_preprocessor.size = self.shape  # or training would pad to the config's crop
         return build_segmentor(self.cfg, checkpoint).to(self.device).train(self.setting.task == 'train')
+
+    def _optimized(self, precision: str) -> nn.Module:
+        if precision == 'bf16':
+            return optimize_for_inference(self.model, self.shape, precision)
+        with _autocast(self.device, precision)():
+            return optimize_for_inference(self.model, self.shape)
+
+    def _faster_precision(self) -> tuple[str, nn.Module]:
+        inputs, samples = next(self._synthetic_batches())
+
+        def make(precision: str) -> nn.Module:
+            return self._optimized(precision) if self.setting.fast else made_for(self.model, precision, fast=False)
+
+        def step(model: nn.Module) -> None:
+            model(inputs, samples, mode='predict')
+
+        return faster(make, step, self.device, self.batch_size)
 
     def _prepare(self, layout: str) -> None:
         """Convert model and inputs to a layout, and set up and warm up the steps."""
@@ -148,7 +169,7 @@ class TimedModel:
 
     def _fps_steps(self, memory_format: torch.memory_format) -> dict[str, Callable]:
         batches = self._synthetic_batches() if self._has_no_images else self._real_batches()
-        autocast = _autocast(self.device, self.setting.precision)
+        autocast = _autocast(self.device, self.precision)
 
         def step() -> float:
             start = time.perf_counter()
@@ -190,8 +211,8 @@ class TimedModel:
 
     def _train_steps(self, memory_format: torch.memory_format) -> dict[str, Callable]:
         cfg = Config(dict(optim_wrapper=self.cfg.optim_wrapper.to_dict()))
-        if self.setting.precision in ('bf16', 'fp16') and cfg.optim_wrapper.type == 'OptimWrapper':
-            cfg.optim_wrapper.update(amp_optim_wrapper(bfloat16=self.setting.precision == 'bf16'))
+        if self.precision in ('bf16', 'fp16') and cfg.optim_wrapper.type == 'OptimWrapper':
+            cfg.optim_wrapper.update(amp_optim_wrapper(bfloat16=self.precision == 'bf16'))
         optim_wrapper = build_optim_wrapper(self.model, cfg.optim_wrapper)
         images = torch.randint(256, (self.batch_size, self._channels, *self.shape), dtype=torch.uint8)
         labels = torch.randint(self.model.num_classes, (self.batch_size, 1, *self.shape))
@@ -208,7 +229,7 @@ class TimedModel:
         inputs = torch.randn(self.batch_size, self._channels, *self.shape, device=self.device).contiguous(
             memory_format=memory_format
         )
-        backbone, autocast = self.model.backbone, _autocast(self.device, self.setting.precision)
+        backbone, autocast = self.model.backbone, _autocast(self.device, self.precision)
 
         def forward() -> None:
             backbone.eval()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from mmseg.models.utils import resize
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from mmseg_inceptionnext.device import multiplies_bfloat16
 from mmseg_inceptionnext.models.interpolation import shifted_interpolation, source_band
 from mmseg_inceptionnext.models.winograd import WinogradConv2d, conv2d_3x3, custom_functions_work
 
@@ -111,142 +114,189 @@ class LateUpsampleConv2d(nn.Conv2d):
             _concatenate([weights[i] for i in large]),
             bias,
         )
-        return add_up_sampled(
-            out,
-            [[F.conv2d(maps[i], w[..., None, None]) for w in tap_weights(weights[i])] for i in small],
-            self.align_corners,
-        )
+        taps = []
+        for i in small:
+            weight_of_taps = tap_weights(weights[i])[..., None, None]
+            taps += take_taps(maps[i], partial(F.conv2d, weight=weight_of_taps), self.out_channels)
+        return add_up_sampled(out, taps, self.align_corners)
 
 
-def tap_weights(weight: Tensor) -> list[Tensor]:
-    """Return the nine taps of a 3×3 convolution as weights of 1×1 convolutions.
+class Taps(NamedTuple):
+    """The products of some columns of a map (N, C, h, w) with each tap of a 3×3 convolution.
+
+    Attributes:
+        products: (N, 9·O, w', h): the axes of the map are swapped. Channels (3·i + j)·O to (3·i + j + 1)·O are those
+            with the tap in row i and column j.
+        start: The first of the w' columns.
+        width: w.
+    """
+
+    products: Tensor
+    start: int
+    width: int
+
+
+def take_taps(x: Tensor, product: Callable[[Tensor], Tensor], channels: int) -> list[Taps]:
+    """Multiply a map with each tap of a 3×3 convolution.
+
+    On a CPU in several parts: memory of 32 MiB and more comes from the system anew each time, which takes half as long
+    as the product.
 
     Args:
-        weight: (O, C, 3, 3).
-
-    Returns:
-        For each of the three rows of taps, (3·O, C): channels j·O to (j + 1)·O are column j.
+        x: (N, C, h, w).
+        product: The 1×1 convolution with :func:`tap_weights`, from (N, C, w', h) to (N, 9·O, w', h).
+        channels: O.
     """
-    return [row.permute(2, 0, 1).flatten(0, 1) for row in weight.unbind(2)]
+    x = x.transpose(2, 3).contiguous(memory_format=torch.channels_last)
+    width, step = x.shape[2], x.shape[2]
+    if x.device.type == 'cpu' and not torch.compiler.is_compiling():
+        step = max(_BYTES_OF_TAPS // (len(x) * 9 * channels * x.shape[3] * x.element_size()), 1)
+    return [Taps(product(x[:, :, start : start + step]), start, width) for start in range(0, width, step)]
 
 
-def add_up_sampled(out: Tensor, taps: list[list[Tensor]], align_corners: bool) -> Tensor:
+def tap_weights(weight: Tensor) -> Tensor:
+    """Return the nine taps of a 3×3 convolution (O, C, 3, 3) as the weight of a 1×1 convolution (9·O, C).
+
+    The order of the channels is that of :class:`Taps`.
+    """
+    return weight.permute(2, 3, 0, 1).flatten(0, 2)
+
+
+def add_up_sampled(out: Tensor, taps: list[Taps], align_corners: bool) -> Tensor:
     """Return ``out + Σ_j C_j Σ_i R_i taps_ij``, summed over all maps; ``out`` may be overwritten.
 
     Half-precision operands are summed in float32: otherwise each term would be rounded, where the plain convolution
-    rounds once.
+    rounds once. Processors that multiply bfloat16 do this by themselves, inside of a product.
 
     Args:
         out: (N, O, H, W).
-        taps: For each map, for each row of taps, (N, 3·O, h, w): the map convolved with :func:`tap_weights`.
+        taps: What :func:`take_taps` returned for each map.
         align_corners: Argument of ``torch.nn.functional.interpolate``.
     """
     if not taps:
         return out
     dtype = torch.promote_types(out.dtype, torch.float32)
-    rows = [row.to(dtype) for rows in taps for row in rows]
-    if not torch.compiler.is_compiling():
-        return _AddUpSampled.apply(out.to(dtype), align_corners, *rows).to(out.dtype)
-    # Compiling or exporting: no loops over blocks, whose number depends on the size. autocast would round the products.
-    with torch.autocast(out.device.type, enabled=False):
-        return _sum_up_sampled(out.to(dtype), rows, align_corners).to(out.dtype)
+    if torch.compiler.is_compiling():
+        # No loops over blocks, whose number depends on the size. autocast would round the products.
+        with torch.autocast(out.device.type, enabled=False):
+            taps = [part._replace(products=part.products.to(dtype)) for part in taps]
+            return _sum_up_sampled(out.to(dtype), taps, align_corners).to(out.dtype)
+    if out.dtype == torch.bfloat16 and out.device.type == 'cpu' and multiplies_bfloat16('cpu'):
+        dtype = torch.bfloat16
+    places = [(part.start, part.width) for part in taps]
+    products = [part.products.to(dtype) for part in taps]
+    return _AddUpSampled.apply(out.to(dtype), align_corners, places, *products).to(out.dtype)
 
 
-def _sum_up_sampled(out: Tensor, rows: list[Tensor], align_corners: bool) -> Tensor:
+def _sum_up_sampled(out: Tensor, taps: list[Taps], align_corners: bool) -> Tensor:
     """Compute :func:`add_up_sampled` by its formula, without blocks."""
-    for level in range(0, len(rows), 3):
-        r, c = _shifted_interpolations(rows[level], out, align_corners)
-        taps = torch.stack(rows[level : level + 3], dim=1).unflatten(2, (3, out.shape[1]))
-        taps = torch.einsum('iyh,nijohw->njoyw', r, taps)
-        out = out + torch.einsum('jxw,njoyw->noyx', c, taps)
+    for part in taps:
+        r, c = _shifted_interpolations(part.products.shape, part.start, part.width, out, align_corners)
+        rows = torch.einsum('iyh,nijowh->njoyw', r, part.products.unflatten(1, (3, 3, out.shape[1])))
+        out = out + torch.einsum('jxw,njoyw->noyx', c, rows)
     return out
 
 
 class _AddUpSampled(torch.autograd.Function):
     """Compute :func:`add_up_sampled` in place and in blocks.
 
-    R_i and C_j are band matrices: a few rows of the result need a few rows of the map. A block of rows is interpolated
-    by three matrix products, (rows, band of rows) × (band of rows, w·3·O), and stays in the cache for the columns,
-    batched products (columns, band of columns·3) × (band of columns·3, O) into ``out``. All operands are used in their
-    channels_last layout, nothing is permuted or copied, and only one block of the intermediate result exists. The
-    derivative uses the same products with the matrices transposed.
+    R_i and C_j are band matrices: a few rows of the result need a few rows of a map, and so do columns. For each block
+    of the result, each map is first interpolated to the block's rows: ``Σ_i R_i`` is one product, batched over the
+    columns, of (rows, band of rows·3) and (band of rows·3, 3·O); a map's axes are swapped because its row and the tap's
+    i then follow one another in memory, as they do in this sum. The columns are one more, batched over the rows, for
+    all maps at once: (columns, all bands of columns·3) × (all bands of columns·3, O), added to the block. The result of
+    the first stays in the cache for the second, and nothing else is copied.
+
+    So all sums are inside of two products, which accumulate in float32 also where their operands are bfloat16: a term
+    is rounded once in between, and the sum once. The derivative uses the same products with the matrices transposed.
     """
 
     @staticmethod
-    def forward(ctx, out: Tensor, align_corners: bool, *rows: Tensor) -> Tensor:
+    def forward(ctx, out: Tensor, align_corners: bool, places: list[tuple[int, int]], *products: Tensor) -> Tensor:
         if out.is_contiguous(memory_format=torch.channels_last):
             ctx.mark_dirty(out)
         out = out.contiguous(memory_format=torch.channels_last)
-        ctx.align_corners, ctx.shapes = align_corners, [row.shape for row in rows]
-        for level in range(0, len(rows), 3):
-            for r, c, between, taps, block in _blocks(out, rows[level : level + 3], align_corners):
-                for i in range(3):
-                    between.flatten(1).addmm_(r[i], taps[i], beta=min(i, 1))
-                for x, band, c_x in c:
-                    block[:, x].baddbmm_(c_x.expand(len(block), -1, -1), between[:, band])
+        ctx.align_corners, ctx.places, ctx.shapes = align_corners, places, [x.shape for x in products]
+        products = [x.contiguous(memory_format=torch.channels_last) for x in products]
+        for block, c, between, levels in _blocks(out, products, places, align_corners):
+            for r, rows, taps in levels:
+                torch.bmm(r.expand(len(taps), -1, -1), taps, out=rows)
+            block.baddbmm_(c.expand(len(block), -1, -1), between)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # in operations that can be differentiated again
             grads = []
-            for shape in ctx.shapes[::3]:
-                r, c = _shifted_interpolations(grad.new_empty(shape[-2:]), grad, ctx.align_corners)
-                taps = torch.einsum('jxw,noyx->njoyw', c, grad)
-                grads += torch.einsum('iyh,njoyw->nijohw', r, taps).flatten(2, 3).unbind(1)
-            return grad, None, *grads
+            for shape, place in zip(ctx.shapes, ctx.places, strict=True):
+                r, c = _shifted_interpolations(shape, *place, grad, ctx.align_corners)
+                rows = torch.einsum('jxw,noyx->njoyw', c, grad)
+                grads.append(torch.einsum('iyh,njoyw->nijowh', r, rows).flatten(1, 3))
+            return grad, None, None, *grads
         grad = grad.contiguous(memory_format=torch.channels_last)
         like_grad = dict(dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
         grads = [torch.empty(shape, **like_grad).zero_() for shape in ctx.shapes]
-        for level in range(0, len(grads), 3):
-            for r, c, between, taps, block in _blocks(grad, grads[level : level + 3], ctx.align_corners):
-                between.zero_()
-                for x, band, c_x in c:
-                    between[:, band].baddbmm_(c_x.T.expand(len(block), -1, -1), block[:, x])
-                for i in range(3):
-                    taps[i].addmm_(r[i].T, between.flatten(1))
-        return grad, None, *grads
+        for block, c, between, levels in _blocks(grad, grads, ctx.places, ctx.align_corners):
+            torch.bmm(c.T.expand(len(block), -1, -1), block, out=between)
+            for r, rows, taps in levels:
+                taps.baddbmm_(r.T.expand(len(taps), -1, -1), rows)
+        return grad, None, None, *grads
 
 
-# Rows and columns of a block. On a CPU 8 rows of 64 columns of 512 float32 channels, 3 taps each, are 3 MB, which the
-# cache holds; a GPU wants few large products.
-_CPU_BLOCK, _BLOCK = (8, 32), (64, 128)
+_BYTES_OF_TAPS = 24 * 2**20
+# Rows and columns of a block. On a CPU the intermediate result of 16 rows of 32 columns, of three maps of 512 float32
+# channels, is 6 MB, which the cache holds; a GPU wants few large products.
+_CPU_BLOCK, _CPU_BFLOAT16_BLOCK, _BLOCK = (16, 32), (32, 32), (64, 128)
 
 
-def _blocks(out: Tensor, rows: list[Tensor], align_corners: bool) -> Iterator[tuple]:
-    """Yield blocks of a few rows of ``out``, for every image.
+def _blocks(out: Tensor, products: Sequence[Tensor], places: list[tuple[int, int]],
+            align_corners: bool) -> Iterator[tuple]:  # fmt: skip
+    """Yield the blocks of ``out``, for every image.
 
     Yields:
-        The three R_i (rows of the block, h'); a list of (columns, their band of the buffer's second axis,
-        C (columns, 3·w')); an uninitialised buffer (rows of the block, 3·w, O) for the map with rows interpolated; the
-        three maps (h', w·3·O); and the block of ``out`` (rows of the block, W, O). h' and w' are the parts of h
-        and w that the block and the columns depend on. The last two are views.
+        The block (rows, columns, O), a view of ``out``; C (columns, K), K being three times the number of all columns
+        of maps that the block depends on; an uninitialised buffer (rows, K, O) for the maps with rows interpolated; and
+        for each of ``products`` R (rows, 3·h'), its part of the buffer (w', rows, 3·O), and the taps
+        (w', 3·h', 3·O) that the block depends on, both views.
     """
     o, height, width = out.shape[1:]
-    h, w = rows[0].shape[2:]
-    block_rows, block_columns = _CPU_BLOCK if out.device.type == 'cpu' else _BLOCK
-    r, c = _shifted_interpolations(rows[0], out, align_corners)
-    c = c.permute(1, 2, 0).flatten(1)
-    columns = [
-        (slice(x, x + block_columns), slice(3 * low, 3 * high), c[x : x + block_columns, 3 * low : 3 * high])
-        for x in range(0, width, block_columns)
-        for low, high in [source_band(x, x + block_columns, w, width, align_corners)]
-    ]
-    between = out.new_empty(min(block_rows, height), 3 * w, o)
-    for n in range(len(out)):
-        for y in range(0, height, block_rows):
-            low, high = source_band(y, y + block_rows, h, height, align_corners)
-            taps = [row[n].permute(1, 2, 0)[low:high].flatten(1) for row in rows]
-            block = out[n, :, y : y + block_rows].permute(1, 2, 0)
-            yield r[:, y : y + block_rows, low:high], columns, between[: len(block)], taps, block
+    block_rows, block_columns = _BLOCK
+    if out.device.type == 'cpu':
+        block_rows, block_columns = _CPU_BFLOAT16_BLOCK if out.dtype == torch.bfloat16 else _CPU_BLOCK
+    maps = []
+    for x, place in zip(products, places, strict=True):
+        r, c = _shifted_interpolations(x.shape, *place, out, align_corners)
+        maps.append((x.permute(0, 2, 3, 1).unflatten(3, (3, -1)), r.permute(1, 2, 0), c.permute(1, 2, 0), *place))
+    for left in range(0, width, block_columns):
+        columns, needed = slice(left, left + block_columns), []
+        for taps, r, c, start, full_width in maps:
+            low, high = source_band(left, columns.stop, full_width, width, align_corners)
+            band = slice(max(low - start, 0), min(high - start, taps.shape[1]))
+            if band.start < band.stop:
+                needed.append((taps[:, band], r, c[columns, band].flatten(1)))
+        all_c = torch.cat([c for _, _, c in needed], dim=1)
+        buffer = out.new_empty(min(block_rows, height), all_c.shape[1], o)
+        for top in range(0, height, block_rows):
+            rows = slice(top, top + block_rows)
+            between = buffer[: height - top]
+            parts = between.unflatten(1, (-1, 3)).flatten(2).transpose(0, 1).split([x.shape[1] for x, _, _ in needed])
+            bands = [slice(*source_band(top, rows.stop, taps.shape[2], height, align_corners)) for taps, _, _ in needed]
+            for n in range(len(out)):
+                levels = [
+                    (r[rows, band].flatten(1), part, taps[n, :, band].flatten(1, 2))
+                    for (taps, r, _), part, band in zip(needed, parts, bands, strict=True)
+                ]
+                yield out[n, :, rows, columns].permute(1, 2, 0), all_c, between, levels
 
 
-def _shifted_interpolations(small: Tensor, large: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
-    """Return R (3, H, h) and C (3, W, w) for a (…, h, w) map that is up-sampled to (…, H, W)."""
+def _shifted_interpolations(shape: torch.Size, start: int, width: int, large: Tensor,
+                            align_corners: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return R (3, H, h) and C (3, W, w') for ``shape`` (N, 9·O, w', h), columns from ``start`` on of ``width``."""
     r, c = (
-        shifted_interpolation(small.shape[axis], large.shape[axis], align_corners, small.device) for axis in (-2, -1)
+        shifted_interpolation(size, new_size, align_corners, large.device).to(large.dtype)
+        for size, new_size in zip((shape[3], width), large.shape[2:], strict=True)
     )
-    return r.to(small.dtype), c.to(small.dtype)
+    return r, c[..., start : start + shape[2]]
 
 
 def _up_sample(x: Tensor, size: torch.Size, align_corners: bool) -> Tensor:

@@ -13,6 +13,7 @@ from mmengine.runner.amp import autocast
 from mmseg.registry import OPTIM_WRAPPERS
 from torch import nn
 
+from mmseg_inceptionnext.device import multiplies_bfloat16
 from mmseg_inceptionnext.errors import UserError
 
 
@@ -49,8 +50,7 @@ def amp_optim_wrapper(bfloat16: bool | None = None) -> dict:
             supports it.
     """
     if bfloat16 is None:
-        # Since torch 2.4 older GPUs "support" bfloat16 by emulation, which is slower than float32.
-        bfloat16 = get_device() != 'cuda' or torch.cuda.is_bf16_supported(including_emulation=False)
+        bfloat16 = get_device() != 'cuda' or multiplies_bfloat16('cuda')
     if bfloat16:
         return dict(type='BFloat16OptimWrapper')
     return dict(type='AmpOptimWrapper', dtype='float16', loss_scale='dynamic')

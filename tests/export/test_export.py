@@ -130,7 +130,7 @@ def test_the_file_says_what_it_expects_and_returns(dynamic, fixed):
 @needs_onnx_exporter
 def test_segmentor_predicts_alike(dynamic, paths):
     config, checkpoint, out = dynamic
-    plain, ours = Segmentor(config, checkpoint, device='cpu'), Segmentor(out)
+    plain, ours = Segmentor(config, checkpoint, device='cpu', precision='fp32'), Segmentor(out)
     assert ours.classes == plain.classes
     pixels = np.random.default_rng(0).integers(256, size=(60, 101, 3), dtype=np.uint8)
     sources = [*paths, pixels]
@@ -169,7 +169,7 @@ def test_predict_with_a_file_of_labels(checkpoints, paths, tool_here, tmp_path):
     assert process.stderr == '' and process.stdout.startswith('m/labels.onnx: ') and 'On 3 images' in process.stdout
     process = tool_here('predict', 'm/labels.onnx', *paths, '--out', 'out', '--labels')
     assert process.returncode == 0, process.stderr[-3000:]
-    segmentor = Segmentor(TINY_CONFIG, checkpoints['fpn'], device='cpu')
+    segmentor = Segmentor(TINY_CONFIG, checkpoints['fpn'], device='cpu', precision='fp32')
     for path in paths:
         written = np.asarray(Image.open(tmp_path / 'out' / 'labels' / f'{path.stem}.png'))
         expected = np.asarray(segmentor(path).label_image())
@@ -190,7 +190,7 @@ def test_a_file_takes_the_size_that_the_test_pipeline_makes(checkpoints, tool_he
     process = tool_here('export', config, checkpoints['fpn'], '--out', 'm.onnx', '--shape', 90, 120, '--verify', 1)
     assert process.returncode == 0 and 'resizes images of 120×90 to 128×96: that is the size' in process.stdout
     image = np.random.default_rng(0).integers(256, size=(90, 120, 3), dtype=np.uint8)
-    plain = Segmentor(config, checkpoints['fpn'], device='cpu')(image)
+    plain = Segmentor(config, checkpoints['fpn'], device='cpu', precision='fp32')(image)
     assert np.mean(Segmentor(tmp_path / 'm.onnx')(image).labels != plain.labels) < 1e-3
 
 

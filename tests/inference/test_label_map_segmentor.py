@@ -40,6 +40,12 @@ UPSIDE_DOWN = dict(ori_shape=(50, 70), img_shape=(64, 96), flip=True, flip_direc
 NOT_FLIPPED = dict(ori_shape=(50, 70), img_shape=(64, 96), flip=False, flip_direction=None)
 
 
+def test_half_precision_is_up_sampled_in_float32():
+    """Rounded after up-sampling, neighbouring classes would be equal, and the first of them be taken."""
+    logits = torch.randn(5, 16, 24).bfloat16()
+    assert torch.equal(label_map(logits, (64, 96), SAME, False), label_map(logits.float(), (64, 96), SAME, False))
+
+
 @pytest.mark.parametrize('align_corners', [False, True])
 @pytest.mark.parametrize(
     'metas', [[SAME, LARGER], [LARGER, SAME], [PADDED, PADDED], [PADDED_BY_MODEL] * 2, [MIRRORED, UPSIDE_DOWN],

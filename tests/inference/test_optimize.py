@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmseg_inceptionnext import LabelMapSegmentor, optimize_for_inference
 from mmseg_inceptionnext.inference import optimize
-from mmseg_inceptionnext.inference.packed import PackedMlp, PackedWinogradConv2d
+from mmseg_inceptionnext.inference.packed import PackedConv2d, PackedMlp, PackedWinogradConv2d
 
 CONFIGS = ['upernet/inceptionnext_a', 'upernet/inceptionnext_t', 'fpn/inceptionnext_a', 'fpn/inceptionnext_t',
            'mini/upernet_inceptionnext_a', 'baselines/upernet/convnext_t', 'baselines/fpn/resnet_50']  # fmt: skip
@@ -21,7 +21,7 @@ needs_packing = pytest.mark.skipif(not optimize.packing_works(), reason='this to
 @pytest.fixture(params=[True, False], ids=['packed', 'folded'])
 def packing(request, monkeypatch):
     if not request.param:
-        monkeypatch.setattr(optimize, 'packing_works', lambda: False)
+        monkeypatch.setattr(optimize, 'packing_works', lambda dtype: False)
     elif not optimize.packing_works():
         pytest.skip('this torch has no packed operators')
     return request.param
@@ -113,13 +113,26 @@ def test_under_autocast_it_is_only_folded():
         assert fast(torch.randn(1, 3, 64, 64), mode='tensor').isfinite().all()
 
 
+@pytest.mark.skipif(not optimize.packing_works(torch.bfloat16), reason='no packed operators in bfloat16 here')
+def test_bfloat16_is_packed_and_needs_no_winograd():
+    model = segmentor_with_statistics(TINY_UPERNET)
+    fast = optimize_for_inference(model, precision='bf16')
+    packed = [module for module in fast.modules() if isinstance(module, (PackedMlp, PackedConv2d))]
+    assert len(packed) == 4 + 5 and {module.dtype for module in packed} == {torch.bfloat16}
+    assert {module.weight.dtype for module in fast.backbone.modules() if isinstance(module, nn.Conv2d)} == {
+        torch.bfloat16
+    }
+    assert next(model.parameters()).dtype == torch.float32
+
+
 @needs_packing
-def test_an_optimised_model_can_be_copied_and_optimised_again():
-    fast = optimize_for_inference(segmentor_with_statistics(TINY_CONFIG))
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_an_optimised_model_can_be_copied_and_optimised_again(precision):
+    fast = optimize_for_inference(segmentor_with_statistics(TINY_CONFIG), precision=precision)
     inputs = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = fast(inputs, mode='tensor')
-        for again in (copy.deepcopy(fast), optimize_for_inference(fast)):
+        for again in (copy.deepcopy(fast), optimize_for_inference(fast, precision=precision)):
             assert torch.equal(again(inputs, mode='tensor'), expected)
 
 

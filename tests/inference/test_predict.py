@@ -17,7 +17,7 @@ from mmseg_inceptionnext.inference.sources import Output, Source, find_sources
 
 @pytest.fixture(scope='module')
 def segmentor(trained):
-    return Segmentor(TINY_CONFIG, trained, device='cpu')
+    return Segmentor(TINY_CONFIG, trained, device='cpu', precision='fp32')
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from mmseg_inceptionnext.labels import Classes
 
 @pytest.fixture(scope='module')
 def segmentor(trained):
-    return Segmentor(TINY_CONFIG, trained, device='cpu')
+    return Segmentor(TINY_CONFIG, trained, device='cpu', precision='fp32')
 
 
 @pytest.fixture(scope='module')
@@ -53,7 +53,7 @@ def test_every_kind_of_source_and_a_batch_give_the_same(segmentor, paths):
 
 
 def test_slow_and_fast_agree(trained, segmentor, paths):
-    slow = Segmentor(read_config(TINY_CONFIG), trained, device='cpu', fast=False)
+    slow = Segmentor(read_config(TINY_CONFIG), trained, device='cpu', fast=False, precision='fp32')
     assert np.array_equal(slow(paths[0]).labels, segmentor(paths[0]).labels)
 
 
@@ -78,7 +78,7 @@ def test_classes_of_a_checkpoint_of_mmseg_0(trained, segmentor, paths, tmp_path)
     said = content['meta'].pop('dataset_meta')
     content['meta'] |= dict(CLASSES=said['classes'], PALETTE=said['palette'])
     torch.save(content, tmp_path / 'old.pth')
-    old = Segmentor(TINY_CONFIG, tmp_path / 'old.pth', device='cpu')
+    old = Segmentor(TINY_CONFIG, tmp_path / 'old.pth', device='cpu', precision='fp32')
     assert old.classes == segmentor.classes
     assert np.array_equal(old(paths[0]).labels, segmentor(paths[0]).labels)
 
@@ -90,17 +90,17 @@ def test_copies_predict_the_same(trained, paths, tmp_path, monkeypatch, fast):
     shutil.copy(trained, 'model.pth')
     (tmp_path / 'names.txt').write_text('\n'.join(f'class {i}' for i in range(150)))
     (tmp_path / 'config.py').write_text(f'_base_ = {str(TINY_CONFIG)!r}\n')
-    segmentor = Segmentor('config.py', 'model.pth', 'cpu', 'names.txt', fast)
+    segmentor = Segmentor('config.py', 'model.pth', 'cpu', 'names.txt', fast, 'fp32')
     expected = segmentor(paths[0])
     (tmp_path / 'elsewhere').mkdir()
     monkeypatch.chdir(tmp_path / 'elsewhere')
     for other in (pickle.loads(pickle.dumps(segmentor)), copy.deepcopy(segmentor)):
         assert other.classes == segmentor.classes and other.device == segmentor.device
         assert np.array_equal(other(paths[0]).labels, expected.labels)
-    from_a_config = Segmentor(read_config(TINY_CONFIG), trained, 'cpu', fast=fast)
+    from_a_config = Segmentor(read_config(TINY_CONFIG), trained, 'cpu', fast=fast, precision='fp32')
     assert np.array_equal(pickle.loads(pickle.dumps(from_a_config))(paths[0]).labels, expected.labels)
     by_name = Segmentor.__new__(Segmentor)
-    monkeypatch.setattr(Segmentor, '_open_trained', lambda *_: None)
+    monkeypatch.setattr(Segmentor, '_open_trained', lambda self, *_: setattr(self, '_model', None))
     by_name.__init__('mini/fpn_inceptionnext_a', 'model.pth')
     assert by_name.__reduce__()[1][0].samefile(ROOT / 'configs' / 'mini' / 'fpn_inceptionnext_a.py')
 
@@ -173,7 +173,9 @@ def test_a_file_of_classes_leaves_the_coding_as_the_checkpoint_says(trained, pat
     content['meta']['dataset_meta']['reduce_zero_label'] = False
     torch.save(content, tmp_path / 'plain.pth')
     coded = [
-        np.asarray(Segmentor(TINY_CONFIG, tmp_path / 'plain.pth', classes=classes)(paths[0]).label_image())
+        np.asarray(
+            Segmentor(TINY_CONFIG, tmp_path / 'plain.pth', classes=classes, precision='fp32')(paths[0]).label_image()
+        )
         for classes in (None, 'ade20k')
     ]
     assert np.array_equal(*coded)

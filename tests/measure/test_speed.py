@@ -6,12 +6,13 @@ import pytest
 from support import ROOT, TINY_CONFIG
 
 from mmseg_inceptionnext import UserError
+from mmseg_inceptionnext.inference import precision
 from mmseg_inceptionnext.measure.speed import Speed, interleave, measure_speed, summarize_rounds
 from mmseg_inceptionnext.measure.tables import speed_table
 from mmseg_inceptionnext.measure.timed_model import Setting, TimedModel
 from mmseg_inceptionnext.measure.tradeoff import plot_tradeoff
 
-FACTS = ('shape', 'batch_size', 'device', 'threads', 'layout', 'versions')
+FACTS = ('shape', 'batch_size', 'device', 'threads', 'layout', 'dtype', 'versions')
 
 
 def test_configs_are_measured_in_turn():
@@ -64,6 +65,8 @@ def test_measures_and_survives_a_config_that_does_not_build(tmp_path):
         Setting('train', shape=(64, 64), precision='bf16', repeat=1),
         pytest.param(Setting('backbone', shape=(64, 64), batch_size=2, repeat=1), marks=pytest.mark.slow),
         Setting(shape=(64, 96), fast=True, repeat=1),
+        Setting(shape=(64, 96), fast=True, precision='bf16', repeat=1),
+        pytest.param(Setting(shape=(64, 96), precision='auto', repeat=1), marks=pytest.mark.slow),
         pytest.param(Setting(shape=(64, 64), fast=True, compile=True, repeat=1), marks=pytest.mark.slow),
         pytest.param(Setting(shape=(64, 64), compile=True, layout='channels_last', repeat=1), marks=pytest.mark.slow),
     ],
@@ -72,7 +75,7 @@ def test_measures_and_survives_a_config_that_does_not_build(tmp_path):
 def test_every_task(setting):
     (row,), failures = measure_speed([str(TINY_CONFIG)], setting)
     assert failures == {} and row.fps > 0
-    assert row.fast == setting.fast
+    assert row.fast == setting.fast and row.dtype in (setting.precision, 'fp32', 'bf16')
     assert row.layout == (setting.layout or row.layout) and row.layout in ('nchw', 'channels_last', 'own')
     assert (row.fps_forward_backward is not None) == (setting.task == 'backbone')
 
@@ -96,6 +99,7 @@ def test_real_images(mini_root):
         (Setting(task='train', data_root='x'), [], "data_root='x' goes with task='fps'"),
         (Setting(precision='tf32'), [], "'tf32' needs a GPU"),
         (Setting('train', precision='fp16'), [], "'fp16' needs a GPU"),
+        (Setting('train', precision='auto'), [], "precision='auto' goes with task='fps'"),
         (Setting('train', fast=True), [], 'fast=True is for inference'),
         (Setting(fast=True, layout='nchw'), [], 'fast=True chooses the layout'),
     ],
@@ -133,6 +137,14 @@ def test_a_training_step_has_the_shape_that_is_asked_for(monkeypatch):
     monkeypatch.setattr(subject.model.backbone, 'forward', lambda x: seen.append(x.shape) or forward(x))
     subject.steps['fps']()
     assert seen == [(1, 3, 64, 96)]
+
+
+@pytest.mark.parametrize('fast', [True, False])
+def test_the_faster_precision_is_measured(monkeypatch, fast):
+    monkeypatch.setattr(precision, 'multiplies_bfloat16', lambda device: True)
+    monkeypatch.setattr(precision, 'race', lambda steps: [step() for step in steps.values()] and dict(fp32=2, bf16=1))
+    subject = TimedModel(str(TINY_CONFIG), Setting(shape=(64, 96), precision='auto', fast=fast), None)
+    assert subject.facts['dtype'] == 'bf16' and isinstance(subject.model, precision._InBfloat16)
 
 
 def test_one_setting_for_each_config():

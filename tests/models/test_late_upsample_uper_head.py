@@ -11,7 +11,8 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from mmseg_inceptionnext import LateUpsampleUPerHead
-from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleConv2d
+from mmseg_inceptionnext.models import late_upsample_uper_head
+from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleConv2d, take_taps
 
 IN_CHANNELS = (8, 12, 16, 20)
 STRIDED = tuple((48 // stride, 64 // stride) for stride in (1, 2, 4, 8))
@@ -103,8 +104,15 @@ def test_float32_with_the_paper_s_channels():
     assert max((a - b).abs().max() for a, b in zip(ours, wanted, strict=True)) < 1e-5 * largest
 
 
+@pytest.fixture(params=[True, False], ids=['bfloat16 products', 'float32 products'])
+def products_of_bfloat16(request, monkeypatch):
+    monkeypatch.setattr(late_upsample_uper_head, 'multiplies_bfloat16', lambda device: request.param)
+    if request.param and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip('this processor would emulate them')
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_no_worse_than_the_plain_head_s(dtype):
+def test_half_precision_is_no_worse_than_the_plain_head_s(dtype, products_of_bfloat16):
     deviations = {'plain': [], 'late': []}
     for seed in range(8):
         torch.manual_seed(seed)
@@ -116,6 +124,70 @@ def test_half_precision_is_no_worse_than_the_plain_head_s(dtype):
                 with torch.autocast('cpu', dtype):
                     deviations[name].append((head.eval()(x).float() - expected).pow(2).mean().sqrt().item())
     assert sum(deviations['late']) <= 1.05 * sum(deviations['plain'])
+
+
+def layer(dtype: torch.dtype, n: int = 2) -> tuple[LateUpsampleConv2d, list[torch.Tensor]]:
+    """One layer, and maps of which two are up-sampled by whole numbers and one is not; values that dtype holds."""
+    conv = LateUpsampleConv2d([16, 16, 16, 16], 32).requires_grad_(False).to(dtype)
+    sizes = ((48, 70), (24, 35), (11, 17), (6, 9))
+    return conv, [torch.randn(n, 16, *size).to(dtype) for size in sizes]
+
+
+def plain_layer(conv: LateUpsampleConv2d, maps: list[torch.Tensor]) -> torch.Tensor:
+    up_sampled = [F.interpolate(x, maps[0].shape[2:], mode='bilinear') for x in maps]
+    return F.conv2d(torch.cat(up_sampled, 1), conv.weight, conv.bias, padding=1)
+
+
+def rms(x: torch.Tensor) -> float:
+    return x.double().pow(2).mean().sqrt().item()
+
+
+def test_bfloat16_rounds_as_little_as_the_plain_convolution(products_of_bfloat16):
+    """Of a layer and all of its gradients, against float64. The plain one rounds what it up-samples, and its sum."""
+    conv, maps = layer(torch.bfloat16)
+    weights = torch.randn(2, 32, 48, 70).bfloat16()
+
+    def results(function, dtype) -> list[torch.Tensor]:
+        own, x = copy.deepcopy(conv).to(dtype).requires_grad_(), [x.to(dtype).requires_grad_() for x in maps]
+        out = function(own, x)
+        return [out.detach(), *torch.autograd.grad(out, [*x, *own.parameters()], weights.to(dtype))]
+
+    expected, plain = results(plain_layer, torch.double), results(plain_layer, torch.bfloat16)
+    ours = results(lambda own, x: own(x), torch.bfloat16)
+    for ours_i, plain_i, expected_i in zip(ours, plain, expected, strict=True):
+        assert ours_i.dtype == torch.bfloat16
+        assert rms(ours_i - expected_i) < max(1.3 * rms(plain_i - expected_i), 0.004 * rms(expected_i))
+
+
+@pytest.mark.parametrize('dtype', [torch.double, torch.bfloat16], ids=str)
+def test_blocks_and_parts_of_any_size_give_the_same(monkeypatch, dtype):
+    """Also where a block ends inside of a part of the taps, and a part inside of a block."""
+    conv, maps = layer(dtype)
+    tolerance = 1e-12 if dtype == torch.double else 0.02
+    maps = [x.requires_grad_() for x in maps]
+    expected = plain_layer(conv, maps)
+    wanted = [expected, *torch.autograd.grad(expected.sum(), maps)]
+    for part in (1, 20_000, 10**9):
+        for block in ((5, 3), (16, 32), (100, 100)):
+            monkeypatch.setattr(late_upsample_uper_head, '_BYTES_OF_TAPS', part)
+            monkeypatch.setattr(late_upsample_uper_head, '_CPU_BLOCK', block)
+            monkeypatch.setattr(late_upsample_uper_head, '_CPU_BFLOAT16_BLOCK', block)
+            out = conv(maps)
+            for result, right in zip([out, *torch.autograd.grad(out.sum(), maps)], wanted, strict=True):
+                assert relative_error(result, right) < tolerance
+
+
+def test_parts_are_differentiated_twice(monkeypatch):
+    monkeypatch.setattr(late_upsample_uper_head, '_BYTES_OF_TAPS', 100_000)
+    conv, maps = layer(torch.double, n=1)
+    results = []
+    for function in (conv, lambda maps: plain_layer(conv, maps)):
+        x = [x.clone().requires_grad_() for x in maps]
+        grads = torch.autograd.grad(function(x).pow(2).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(sum(grad.pow(3).sum() for grad in grads), x))
+    assert len(take_taps(maps[1], lambda x: x, 32)) > 1
+    for ours, expected in zip(*results, strict=True):
+        assert relative_error(ours, expected) < 1e-10
 
 
 def test_compiles_and_exports():
