@@ -2,7 +2,8 @@
 
 InceptionNeXt-T and random weights, from an image of uint8 to its label map: the table of docs/speed.md. "Stock" is what
 mmseg's users build without this project: its UPerHead and preprocessing on timm's backbone, and torch.onnx's export of
-that. The contestants are measured in turn, each in a process of its own; ratios are taken round by round.
+that. The contestants are measured in turn, each PyTorch model and each runtime in a process of its own; ratios are
+taken round by round.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +43,7 @@ FILES = [
     for whose in ('stock', 'ours')
 ]
 
-step: Callable  # of this process
+steps: dict[tuple, Callable] = {}  # of this process
 
 
 def segmentor(config: Path) -> torch.nn.Module:
@@ -50,7 +52,6 @@ def segmentor(config: Path) -> torch.nn.Module:
 
 
 def start_torch(whose: str, precision: str, image: np.ndarray) -> None:
-    global step
     model = segmentor(STOCK if whose == 'stock' else OURS)
     autocast = torch.autocast('cpu', torch.bfloat16, enabled=whose == 'stock' and precision == 'bf16')
     if whose == 'ours':
@@ -65,18 +66,18 @@ def start_torch(whose: str, precision: str, image: np.ndarray) -> None:
         with autocast:
             model.test_step(dict(inputs=[inputs], data_samples=[sample]))
 
-
-def start_file(path: Path, runtime: str, precision: str, image: np.ndarray) -> None:
-    global step
-    session = RUNTIMES[runtime](path.read_bytes(), precision, torch.get_num_threads())
-
-    def step() -> None:
-        session.run(image)
+    steps[whose, 'PyTorch', precision] = step
 
 
-def seconds() -> float:
+def start_files(runtime: str, files: dict[tuple, Path], image: np.ndarray) -> None:
+    for key, path in files.items():
+        session = RUNTIMES[runtime](path.read_bytes(), key[2], torch.get_num_threads())
+        steps[key] = partial(session.run, image)
+
+
+def seconds(key: tuple) -> float:
     start = time.perf_counter()
-    step()
+    steps[key]()
     return time.perf_counter() - start
 
 
@@ -132,13 +133,14 @@ def main() -> None:
     image = np.random.default_rng(0).integers(256, size=(1, 3, *args.shape), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as name:
         stock, ours = write_stock(Path(name), image), write_ours(Path(name), image)
-        starts = {key: (start_torch, (key[0], key[2], image)) for key in TORCH}
-        for whose, runtime, precision in FILES:
-            path = stock[precision] if whose == 'stock' else ours[runtime, precision]
-            starts[whose, runtime, precision] = (start_file, (path, runtime, precision, image))
+        files = {key: stock[key[2]] if key[0] == 'stock' else ours[key[1:]] for key in FILES}
         context = multiprocessing.get_context('spawn')
-        pools = {key: ProcessPoolExecutor(1, context, *start) for key, start in starts.items()}
-        runs = [lambda pool=pool: dict(seconds=pool.submit(seconds).result()) for pool in pools.values()]
+        pools = {key: ProcessPoolExecutor(1, context, start_torch, (key[0], key[2], image)) for key in TORCH}
+        for runtime in RUNTIMES:
+            theirs = {key: path for key, path in files.items() if key[1] == runtime}
+            pool = ProcessPoolExecutor(1, context, start_files, (runtime, theirs, image))
+            pools |= dict.fromkeys(theirs, pool)
+        runs = [lambda key=key: dict(seconds=pools[key].submit(seconds, key).result()) for key in pools]
         interleave(runs, 2)  # to warm up
         rounds = interleave(runs, args.repeat)
         for pool in pools.values():

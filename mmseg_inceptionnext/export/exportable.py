@@ -194,7 +194,7 @@ class ExportableUPerHead(nn.Module):
 
     Args:
         head: A UPerHead of plain convolutions, with its norms folded.
-        wide_conv: Class of the 3×3 convolutions over the largest map.
+        wide_conv: Class of the 3×3 convolutions over the two largest maps.
         operands_vary: See :class:`Bottleneck`.
 
     Input: feature maps (N, C_i, H_i, W_i) of a backbone. Output: logits (N, classes, H_0, W_0).
@@ -206,7 +206,7 @@ class ExportableUPerHead(nn.Module):
         self.pool_scales = [module[0].output_size for module in head.psp_modules]
         self.pooled_convs = nn.ModuleList(module[1].conv for module in head.psp_modules)
         self.lateral_convs = nn.ModuleList(module.conv for module in head.lateral_convs)
-        convs = [wide_conv, *[Conv3x3] * (len(head.fpn_convs) - 1)]  # the first has the largest map
+        convs = [wide_conv if i < 2 else Conv3x3 for i in range(len(head.fpn_convs))]
         self.fpn_convs = nn.ModuleList(
             conv(module.conv.weight, module.conv.bias) for conv, module in zip(convs, head.fpn_convs, strict=True)
         )
