@@ -31,14 +31,18 @@ STOCK = {'UperNet': HERE / 'stock_upernet_t.py', 'FPN': HERE / 'stock_fpn_t.py'}
 PLAIN_HEAD = HERE / 'plain_head_upernet_t.py'
 OURS = {'UperNet': CONFIGS / 'upernet/inceptionnext_t.py', 'FPN': CONFIGS / 'fpn/inceptionnext_t.py'}
 
+BF16 = dict(precision='bf16', layout='channels_last')  # in which autocast is faster on a CPU
+
 
 def whole_model(name: str, shape: tuple[int, int], repeat: int) -> None:
     plain = Setting(shape=shape, repeat=repeat)
     contestants = {
         'mmseg + timm': (STOCK[name], plain),
         'mmseg + timm, torch.compile': (STOCK[name], dataclasses.replace(plain, compile=True)),
+        'mmseg + timm, bf16': (STOCK[name], dataclasses.replace(plain, **BF16)),
         'ours, --no-fast': (OURS[name], plain),
         'ours': (OURS[name], dataclasses.replace(plain, fast=True)),
+        'ours, bf16': (OURS[name], dataclasses.replace(plain, fast=True, precision='bf16')),
     }
     gmacs = {config: measure_complexity(config, shape).gmacs_executed for config in (STOCK[name], OURS[name])}
     print(f'\n{name} T, predict, 1×3×{shape[0]}×{shape[1]}\n')
@@ -63,7 +67,9 @@ def training_step(repeat: int) -> None:
     compare({
         "ours with mmseg's UPerHead": (PLAIN_HEAD, setting),
         'mmseg + timm': (STOCK['UperNet'], setting),
+        'mmseg + timm, bf16': (STOCK['UperNet'], dataclasses.replace(setting, **BF16)),
         'ours': (OURS['UperNet'], setting),
+        'ours, --amp': (OURS['UperNet'], dataclasses.replace(setting, precision='bf16')),
     })  # fmt: skip
 
 

@@ -1,10 +1,13 @@
+import ctypes
+import resource
 import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 
-from mmseg_inceptionnext.device import peak_memory_mb
+from mmseg_inceptionnext.device import keep_freed_memory, multiplies_bfloat16, peak_memory_mb
 
 
 def test_counts_what_was_freed_again():
@@ -18,3 +21,23 @@ def test_a_process_does_not_count_what_its_parent_held():
     program = "from mmseg_inceptionnext.device import peak_memory_mb; print(peak_memory_mb('cpu'))"
     process = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
     assert 100 < float(process.stdout) < 2000 < held.nbytes / 2**20
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'mallopt'), reason='another C library')
+def test_freed_memory_is_kept_for_the_next_tensor():
+    keep_freed_memory()
+    pages = 2**26 // resource.getpagesize()
+    torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(2**24)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages
+
+
+def test_products_of_bfloat16_by_the_processor_s_instructions(monkeypatch):
+    monkeypatch.setattr('platform.machine', lambda: 'x86_64')
+    for bf16, amx in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr('torch.cpu._is_avx512_bf16_supported', lambda bf16=bf16: bf16)
+        monkeypatch.setattr('torch.cpu._is_amx_tile_supported', lambda amx=amx: amx)
+        assert multiplies_bfloat16('cpu') == (bf16 or amx)
+    assert not multiplies_bfloat16('mps')

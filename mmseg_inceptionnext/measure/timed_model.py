@@ -19,7 +19,7 @@ from torch import nn
 
 from mmseg_inceptionnext.config import override, read_config, set_data_root
 from mmseg_inceptionnext.data.check import check_data
-from mmseg_inceptionnext.device import device_name, peak_memory_mb
+from mmseg_inceptionnext.device import device_name, keep_freed_memory, peak_memory_mb
 from mmseg_inceptionnext.inference.optimize import made_for, optimize_for_inference
 from mmseg_inceptionnext.inference.precision import faster
 from mmseg_inceptionnext.models.build import build_segmentor
@@ -210,6 +210,8 @@ class TimedModel:
                 yield batch['inputs'], batch['data_samples']
 
     def _train_steps(self, memory_format: torch.memory_format) -> dict[str, Callable]:
+        if self.device == 'cpu':
+            keep_freed_memory()  # as tools/train.py does
         cfg = Config(dict(optim_wrapper=self.cfg.optim_wrapper.to_dict()))
         if self.precision in ('bf16', 'fp16') and cfg.optim_wrapper.type == 'OptimWrapper':
             cfg.optim_wrapper.update(amp_optim_wrapper(bfloat16=self.precision == 'bf16'))

@@ -61,7 +61,8 @@ class LateUpsampleUPerHead(UPerHead):
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
         # Up-sampling and the loss or argmax over classes, which follow, are faster with contiguous classes.
-        return super().forward(inputs).contiguous()
+        logits = super().forward(inputs)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
 
     def _up_sample_and_convolve(self, bottleneck: nn.Module, maps: list[Tensor]) -> Tensor:
         if not self.late:

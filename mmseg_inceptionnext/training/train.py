@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
@@ -20,7 +21,7 @@ from mmseg_inceptionnext.data.class_weights import read_counts, use_class_weight
 from mmseg_inceptionnext.data.ignore_index import use_one_ignore_index
 from mmseg_inceptionnext.data.inspection import inspect_data
 from mmseg_inceptionnext.data.pipeline import leaf_datasets
-from mmseg_inceptionnext.device import available_cores
+from mmseg_inceptionnext.device import available_cores, keep_freed_memory
 from mmseg_inceptionnext.distributed import init_process_group, rank
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.files import write_text
@@ -73,6 +74,8 @@ def plan(cfg: Config, options: TrainOptions = TrainOptions()) -> Plan:
 def _start(cfg: Config, options: TrainOptions) -> None:
     check(cfg, options)
     init_process_group(cfg.get('launcher', 'none'), cfg.get('env_cfg', {}).get('dist_cfg'))
+    if get_device() == 'cpu':
+        keep_freed_memory()
 
 
 def check(cfg: Config, options: TrainOptions) -> None:

@@ -126,6 +126,27 @@ def test_half_precision_is_no_worse_than_the_plain_head_s(dtype, products_of_bfl
     assert sum(deviations['late']) <= 1.05 * sum(deviations['plain'])
 
 
+def test_half_precision_gradients_are_no_worse_than_the_plain_head_s(products_of_bfloat16):
+    """Of all parameters and features, as --amp computes them, in a training step against float32."""
+    deviations = {'plain': [], 'late': []}
+    for seed in range(6):
+        torch.manual_seed(seed)
+        heads = dict(zip(('plain', 'late'), pair(channels=32, dropout_ratio=0.0), strict=True))
+        x = [f.requires_grad_() for f in features(STRIDED, n=2, dtype=torch.float)]
+        target = torch.randint(5, (2, *STRIDED[0]))
+
+        def gradients(head, enabled: bool, x=x, target=target) -> list[torch.Tensor]:
+            with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+                loss = F.cross_entropy(head.train()(x).float(), target)
+            return torch.autograd.grad(loss, [*x, *head.parameters()])
+
+        expected = gradients(heads['plain'], enabled=False)
+        for name, head in heads.items():
+            ours = gradients(head, enabled=True)
+            deviations[name] += [rms(a - b) / rms(b) for a, b in zip(ours, expected, strict=True) if rms(b) > 1e-6]
+    assert 0 < sum(deviations['late']) <= 1.05 * sum(deviations['plain'])
+
+
 def layer(dtype: torch.dtype, n: int = 2) -> tuple[LateUpsampleConv2d, list[torch.Tensor]]:
     """One layer, and maps of which two are up-sampled by whole numbers and one is not; values that dtype holds."""
     conv = LateUpsampleConv2d([16, 16, 16, 16], 32).requires_grad_(False).to(dtype)
