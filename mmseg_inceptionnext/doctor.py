@@ -30,6 +30,7 @@ STACK = {
 }
 OPENCV = ('opencv-python', 'opencv-python-headless', 'opencv-contrib-python', 'opencv-contrib-python-headless')
 ONNX = ('onnx', 'onnxruntime', 'onnxscript')
+OPENVINO = ('openvino', 'nncf')
 OTHERS = ('torch', 'torchvision', 'timm', 'numpy', 'setuptools')
 
 # In order of dependence: an import that fails makes those after it fail.
@@ -166,7 +167,14 @@ class Finding:
 def read_environment() -> Environment:
     """Read the environment of this Python. It takes seconds: another process imports torch and mmseg."""
     versions = {}
-    for name in (*(name for line in STACK.values() for name in line), *OPENCV, *ONNX, *OTHERS, 'mmseg-inceptionnext'):
+    for name in (
+        *(name for line in STACK.values() for name in line),
+        *OPENCV,
+        *ONNX,
+        *OPENVINO,
+        *OTHERS,
+        'mmseg-inceptionnext',
+    ):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -359,7 +367,7 @@ def report(env: Environment, found: list[Finding]) -> str:
         f'mmseg_inceptionnext {env.versions.get("mmseg-inceptionnext", "(not installed)")} in {Path(__file__).parent}'
     ]
     lines += [f'Python {env.python}, {platform.platform()}', f'OpenMMLab: {_kind_of_stack(env)}', '']
-    for name in (*OTHERS, *OPENCV, *(name for line in STACK.values() for name in line), *ONNX):
+    for name in (*OTHERS, *OPENCV, *(name for line in STACK.values() for name in line), *ONNX, *OPENVINO):
         if name in env.versions:
             lines.append(f'{name:<26} {env.versions[name]}')
     lines.append('')
