@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
+import timm
 import torch
-from mmcv.cnn import ConvModule, fuse_conv_bn
+from mmcv.cnn import ConvModule, Linear, fuse_conv_bn
+from mmcv.cnn.bricks.transformer import FFN
+from mmseg.models.backbones.swin import WindowMSA
 from mmseg.models.decode_heads import FPNHead, UPerHead
 from mmseg.models.necks import FPN
 from mmseg.models.segmentors import EncoderDecoder
+from mmseg.models.utils.embed import PatchMerging
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.inference.label_map_segmentor import LabelMapSegmentor
 from mmseg_inceptionnext.inference.packed import (
     PackedLateUpsampleConv2d,
+    PackedLinear,
     PackedMlp,
     PackedPointwiseConv2d,
     packed_conv2d_3x3,
 )
 from mmseg_inceptionnext.models.build import heads_of
 from mmseg_inceptionnext.models.inceptionnext import InceptionNeXt, InceptionNeXtBlock
+from mmseg_inceptionnext.models.late_upsample import late_upsample
 from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleConv2d
 from mmseg_inceptionnext.models.winograd import WinogradConv2d
 
 # Convolutions whose result is linear in the weight that they store.
 _PLAIN_CONVS = (nn.Conv2d, WinogradConv2d, LateUpsampleConv2d)
+# Parts of other backbones that call their linear layers and do not read the weights.
+_CALLERS_OF_LINEAR = (WindowMSA, PatchMerging, FFN, timm.layers.Mlp)
 
 
 def optimize_for_inference(model: EncoderDecoder, example_shape: tuple[int, int] | None = None) -> EncoderDecoder:
     """Return a copy of a segmentor that predicts the same, faster. The model that is given stays as it is.
 
+    - A UPerHead convolves at low resolution (:func:`~mmseg_inceptionnext.models.late_upsample.late_upsample`).
     - BatchNorm and LayerScale of InceptionNeXt's blocks and the norms of stem and down-samplings are folded into the
       convolutions next to them, and those of neck and head as well. This is exact: no padding comes in between.
     - The auxiliary head is dropped. An EncoderDecoder becomes a :class:`LabelMapSegmentor`.
@@ -51,6 +62,8 @@ def optimize_for_inference(model: EncoderDecoder, example_shape: tuple[int, int]
         del model.auxiliary_head
     if type(model) is EncoderDecoder:
         model.__class__ = LabelMapSegmentor
+    with contextlib.suppress(UserError):  # another head, or one of other convolutions
+        late_upsample(model)
     fold_norms(model)
     device = _device(model)
     if device == 'cpu' and not torch.is_autocast_enabled('cpu') and packing_works():
@@ -134,6 +147,8 @@ def pack_weights(model: EncoderDecoder) -> None:
     for module in list(model.backbone.modules()):
         if isinstance(module, FoldedBlock) and _is_float32(module.mlp):
             module.mlp = PackedMlp(module.mlp)
+        elif type(module) in _CALLERS_OF_LINEAR:
+            _pack_linears(module)
     head = model.decode_head
     # Known parts only: others may read the weights of their layers, which packed ones do not have.
     for part in _neck_and_head(model):
@@ -143,6 +158,13 @@ def pack_weights(model: EncoderDecoder) -> None:
                     _pack_conv_module(module)
     if isinstance(head, (UPerHead, FPNHead)) and type(head.conv_seg) is nn.Conv2d and _is_float32(head):
         head.conv_seg = PackedPointwiseConv2d(head.conv_seg.weight.flatten(1), head.conv_seg.bias)
+
+
+def _pack_linears(module: nn.Module) -> None:
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) in (nn.Linear, Linear) and _is_float32(child):
+                setattr(parent, name, PackedLinear(child.weight, child.bias))
 
 
 def _neck_and_head(model: EncoderDecoder) -> list[nn.Module]:
