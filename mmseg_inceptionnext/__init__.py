@@ -41,6 +41,7 @@ from mmseg_inceptionnext.inference.label_map_segmentor import LabelMapSegmentor
 from mmseg_inceptionnext.inference.segmentor import Segmentation, Segmentor
 from mmseg_inceptionnext.measure import pvt  # noqa: F401  registers PVT
 from mmseg_inceptionnext.models.inceptionnext import InceptionNeXt
+from mmseg_inceptionnext.models.late_upsample import late_upsample
 from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleUPerHead
 from mmseg_inceptionnext.training.hooks.checkpoint import SafeCheckpointHook
 from mmseg_inceptionnext.training.hooks.non_finite_loss import StopOnNonFiniteLossHook
@@ -85,6 +86,7 @@ __all__ = [
     'config_path',
     'get_config',
     'get_model',
+    'late_upsample',
     'optimize_for_inference',
     'trusting_checkpoints',
 ]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from functools import partial
 
+import timm
 import torch
-from mmcv.cnn import ConvModule, fuse_conv_bn
+from mmcv.cnn import ConvModule, Linear, fuse_conv_bn
+from mmcv.cnn.bricks.transformer import FFN
+from mmseg.models.backbones.swin import WindowMSA
 from mmseg.models.decode_heads import FPNHead, UPerHead
 from mmseg.models.necks import FPN
 from mmseg.models.segmentors import EncoderDecoder
+from mmseg.models.utils.embed import PatchMerging
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -18,6 +23,7 @@ from mmseg_inceptionnext.inference.label_map_segmentor import LabelMapSegmentor
 from mmseg_inceptionnext.inference.packed import (
     PackedConv2d,
     PackedLateUpsampleConv2d,
+    PackedLinear,
     PackedMlp,
     PackedPointwiseConv2d,
     packed_conv2d_3x3,
@@ -25,11 +31,14 @@ from mmseg_inceptionnext.inference.packed import (
 from mmseg_inceptionnext.inference.precision import check_precision, faster, use_bfloat16
 from mmseg_inceptionnext.models.build import heads_of
 from mmseg_inceptionnext.models.inceptionnext import InceptionNeXt, InceptionNeXtBlock
+from mmseg_inceptionnext.models.late_upsample import late_upsample
 from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleConv2d
 from mmseg_inceptionnext.models.winograd import WinogradConv2d
 
 # Convolutions whose result is linear in the weight that they store.
 _PLAIN_CONVS = (nn.Conv2d, WinogradConv2d, LateUpsampleConv2d)
+# Parts of other backbones that call their linear layers and do not read the weights.
+_CALLERS_OF_LINEAR = (WindowMSA, PatchMerging, FFN, timm.layers.Mlp)
 
 
 def optimize_for_inference(
@@ -37,6 +46,7 @@ def optimize_for_inference(
 ) -> EncoderDecoder:
     """Return a copy of a segmentor that predicts the same, faster. The model that is given stays as it is.
 
+    - A UPerHead convolves at low resolution (:func:`~mmseg_inceptionnext.models.late_upsample.late_upsample`).
     - BatchNorm and LayerScale of InceptionNeXt's blocks and the norms of stem and down-samplings are folded into the
       convolutions next to them, and those of neck and head as well. This is exact: no padding comes in between.
     - The auxiliary head is dropped. An EncoderDecoder becomes a :class:`LabelMapSegmentor`.
@@ -71,6 +81,8 @@ def optimize_for_inference(
         del model.auxiliary_head
     if type(model) is EncoderDecoder:
         model.__class__ = LabelMapSegmentor
+    with contextlib.suppress(UserError):  # another head, or one of other convolutions
+        late_upsample(model)
     fold_norms(model)
     device = _device(model)
     dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
@@ -169,6 +181,8 @@ def pack_weights(model: EncoderDecoder, dtype: torch.dtype = torch.float32) -> N
     for module in list(model.backbone.modules()):
         if isinstance(module, FoldedBlock) and _is_float32(module.mlp):
             module.mlp = PackedMlp(module.mlp, dtype)
+        elif type(module) in _CALLERS_OF_LINEAR:
+            _pack_linears(module, dtype)
     if isinstance(model.backbone, InceptionNeXt):
         for module in model.backbone.modules():
             if type(module) is nn.Conv2d and _is_float32(module):
@@ -182,6 +196,13 @@ def pack_weights(model: EncoderDecoder, dtype: torch.dtype = torch.float32) -> N
                     _pack_conv_module(module, dtype)
     if isinstance(head, (UPerHead, FPNHead)) and type(head.conv_seg) is nn.Conv2d and _is_float32(head):
         head.conv_seg = PackedPointwiseConv2d(head.conv_seg.weight.flatten(1).to(dtype), head.conv_seg.bias)
+
+
+def _pack_linears(module: nn.Module, dtype: torch.dtype) -> None:
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) in (nn.Linear, Linear) and _is_float32(child):
+                setattr(parent, name, PackedLinear(child.weight.to(dtype), child.bias))
 
 
 def _neck_and_head(model: EncoderDecoder) -> list[nn.Module]:

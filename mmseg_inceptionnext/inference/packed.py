@@ -51,6 +51,14 @@ class PackedPointwiseConv2d(nn.Module):
         return self  # it never changes, and torch cannot copy a packed weight
 
 
+class PackedLinear(PackedPointwiseConv2d):
+    """The same for ``nn.Linear``: (…, C) to (…, O)."""
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, self.activation, [], 'none')
+
+
 class PackedMlp(nn.Module):
     """``residual + fc2(gelu(fc1(x)))`` with 1×1 convolutions. (N, C, H, W) to (N, C, H, W), float32."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -31,16 +31,19 @@ class LateUpsampleUPerHead(UPerHead):
 
     def __init__(self, pool_scales: tuple[int, ...] = (1, 2, 3, 6), **kwargs):
         super().__init__(pool_scales, **kwargs)
-        self.late = type(self.fpn_bottleneck.conv) is nn.Conv2d  # conv_cfg may ask for other convolutions
+        bottlenecks, others = self.convolutions(self)
+        self.late = all(is_plain_3x3(self.get_submodule(name)) for name in bottlenecks)  # conv_cfg may ask for others
         if self.late:
-            map_channels = {
-                self.bottleneck: [self.in_channels[-1], *[self.channels] * len(pool_scales)],
-                self.fpn_bottleneck: [self.channels] * len(self.in_channels),
-            }
-            for bottleneck, channels in map_channels.items():
-                bottleneck.conv = LateUpsampleConv2d.from_conv(bottleneck.conv, channels, self.align_corners)
-            for fpn_conv in self.fpn_convs:
-                fpn_conv.conv = WinogradConv2d.from_conv(fpn_conv.conv)
+            swap_convolutions(self, bottlenecks, others, self.align_corners)
+
+    @staticmethod
+    def convolutions(head: nn.Module) -> tuple[dict[str, list[int]], list[str]]:
+        """Name the 3×3 convolutions: those of concatenated maps, with the channels of the maps; and the others."""
+        bottlenecks = {
+            'bottleneck.conv': [head.in_channels[-1], *[head.channels] * len(head.psp_modules.pool_scales)],
+            'fpn_bottleneck.conv': [head.channels] * len(head.in_channels),
+        }
+        return bottlenecks, [f'fpn_convs.{i}.conv' for i in range(len(head.fpn_convs))]
 
     def psp_forward(self, inputs: list[Tensor]) -> Tensor:
         return self._up_sample_and_convolve(
@@ -48,15 +51,10 @@ class LateUpsampleUPerHead(UPerHead):
         )
 
     def _forward_feature(self, inputs: list[Tensor]) -> Tensor:
-        inputs = self._transform_inputs(inputs)
-        if custom_functions_work():  # whose matrix products take the channels of a pixel as a row
-            inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+        inputs = in_rows(self._transform_inputs(inputs))
         maps = [lateral_conv(x) for lateral_conv, x in zip(self.lateral_convs, inputs[:-1], strict=True)]
         maps.append(self.psp_forward(inputs))
-        for i in range(len(maps) - 1, 0, -1):
-            size = maps[i - 1].shape[2:]
-            maps[i - 1] = resize(maps[i], size, mode='bilinear', align_corners=self.align_corners).add_(maps[i - 1])
-        maps[:-1] = [fpn_conv(x) for fpn_conv, x in zip(self.fpn_convs, maps[:-1], strict=True)]
+        maps = top_down(maps, self.fpn_convs, self.align_corners)
         return self._up_sample_and_convolve(self.fpn_bottleneck, maps)
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
@@ -68,6 +66,44 @@ class LateUpsampleUPerHead(UPerHead):
         if not self.late:
             maps = torch.cat([_up_sample(x, maps[0].shape[2:], self.align_corners) for x in maps], dim=1)
         return bottleneck(maps)
+
+
+def in_rows(maps: list[Tensor]) -> list[Tensor]:
+    """Return maps in channels_last: the matrix products of our functions take the channels of a pixel as a row."""
+    return [x.contiguous(memory_format=torch.channels_last) for x in maps] if custom_functions_work() else maps
+
+
+def top_down(maps: list[Tensor], convs: Iterable[nn.Module], align_corners: bool) -> list[Tensor]:
+    """Add each map, up-sampled, to the one before it, from the last to the first; convolve the sums, not the last."""
+    maps = list(maps)
+    for i in range(len(maps) - 1, 0, -1):
+        size = maps[i - 1].shape[2:]
+        maps[i - 1] = resize(maps[i], size, mode='bilinear', align_corners=align_corners).add_(maps[i - 1])
+    return [*(conv(x) for conv, x in zip(convs, maps[:-1], strict=True)), maps[-1]]
+
+
+def is_plain_3x3(conv: nn.Module) -> bool:
+    """Return whether a layer is a 3×3 convolution without stride, dilation and groups, padded by a zero."""
+    plain = dict(kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, padding_mode='zeros')
+    return type(conv) is nn.Conv2d and all(getattr(conv, name) == value for name, value in plain.items())
+
+
+def swap_convolutions(
+    head: nn.Module, bottlenecks: dict[str, list[int]], others: list[str], align_corners: bool
+) -> list[str]:
+    """Swap the 3×3 convolutions of a head for ours, in place, and return the names of those that were swapped.
+
+    Args:
+        bottlenecks: Names of the plain ones that take concatenated maps, with the channels of the maps.
+        others: Names of others, which are swapped if they are plain.
+        align_corners: How the maps are up-sampled.
+    """
+    others = [name for name in others if is_plain_3x3(head.get_submodule(name))]
+    for name, map_channels in bottlenecks.items():
+        LateUpsampleConv2d.from_conv(head.get_submodule(name), map_channels, align_corners)
+    for name in others:
+        WinogradConv2d.from_conv(head.get_submodule(name))
+    return [*bottlenecks, *others]
 
 
 class LateUpsampleConv2d(nn.Conv2d):
@@ -87,7 +123,8 @@ class LateUpsampleConv2d(nn.Conv2d):
 
     A map as large as the first is convolved as usual.
 
-    Input: a list of (N, C_k, H_k, W_k), channels_last for speed. Output: (N, out_channels, H_0, W_0).
+    Input: a list of (N, C_k, H_k, W_k), channels_last for speed; or a tensor, which is convolved as usual.
+    Output: (N, out_channels, H_0, W_0).
     """
 
     def __init__(self, map_channels: list[int], out_channels: int, align_corners: bool = False, **kwargs):
@@ -97,12 +134,13 @@ class LateUpsampleConv2d(nn.Conv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, map_channels: list[int], align_corners: bool) -> LateUpsampleConv2d:
-        """Return one that shares the parameters of a plain 3×3 convolution."""
-        late = cls(map_channels, conv.out_channels, align_corners, device='meta')
-        late.weight, late.bias = conv.weight, conv.bias
-        return late
+        """Turn a plain 3×3 convolution into one, in place: its parameters and hooks stay where they are."""
+        conv.__class__, conv.map_channels, conv.align_corners = cls, list(map_channels), align_corners
+        return conv
 
-    def _conv_forward(self, maps: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _conv_forward(self, maps: list[Tensor] | Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if isinstance(maps, Tensor):
+            return conv2d_3x3(maps, weight, bias)
         size = maps[0].shape[2:]
         if not custom_functions_work():
             x = torch.cat([_up_sample(x, size, self.align_corners) for x in maps], dim=1)

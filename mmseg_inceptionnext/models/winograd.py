@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -63,10 +64,9 @@ class WinogradConv2d(nn.Conv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> WinogradConv2d:
-        """Return one that shares the parameters of another convolution."""
-        new = cls(conv.in_channels, conv.out_channels, 3, padding=1, device='meta')
-        new.weight, new.bias = conv.weight, conv.bias
-        return new
+        """Turn a plain 3×3 convolution into one, in place: its parameters and hooks stay where they are."""
+        conv.__class__ = cls
+        return conv
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return conv2d_3x3(x, weight, bias)
@@ -93,10 +93,9 @@ class _Winograd(torch.autograd.Function):
 
 
 def transform_weight(weight: Tensor) -> Tensor:
-    """Compute G w Gᵀ of every kernel: (O, C, 3, 3) to (4, 4, C, O)."""
+    """Compute G w Gᵀ of every kernel: (O, C, 3, 3) to (4, 4, O, C)."""
     o, c = weight.shape[:2]
-    kernels = weight.permute(2, 3, 1, 0).reshape(9, c * o)
-    return (torch.kron(_G, _G) @ kernels).view(4, 4, c, o)
+    return (torch.kron(_G, _G) @ weight.reshape(o * c, 9).T).view(4, 4, o, c)
 
 
 @torch.compiler.disable  # a compiler would unroll the loops, for every size anew
@@ -105,23 +104,21 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         x: (N, C, H, W), float32.
-        weight: (4, 4, C, O), what :func:`transform_weight` returns.
+        weight: (4, 4, O, C), what :func:`transform_weight` returns.
 
     Returns:
         (N, O, H, W) in channels_last.
     """
     n, _, height, width = x.shape
-    o = weight.shape[-1]
+    o = weight.shape[2]
     tiles = (-(-height // 2), -(-width // 2))
     out = torch.empty(n, o, 2 * tiles[0], 2 * tiles[1], dtype=x.dtype, memory_format=torch.channels_last)
-    rows = _rows_of_a_block(tiles)
-    products, sums = x.new_empty(4, 4, rows, tiles[1], o), x.new_empty(2, 4, rows, tiles[1], o)
+    sums = x.new_empty(2, 4, _rows_of_a_block(tiles), tiles[1], o)
     for image, y, data in _transformed(x, tiles):
         r = data.shape[2]
-        for i in range(4):
-            for j in range(4):
-                torch.mm(data[i, j].flatten(0, 1), weight[i, j], out=products[i, j, :r].view(-1, o))
-        _transform_output(products[:, :, :r], sums[:, :, :r])
+        for j in range(4):
+            products = [_linear(data[i, j].flatten(0, 1), weight[i, j]).view(r, tiles[1], o) for i in range(4)]
+            _transform_output(products, sums[:, j, :r])
         for a in range(2):
             line = out[image, :, 2 * y + a : 2 * (y + r) : 2].permute(1, 2, 0)
             _transform_output(sums[a, :, :r], [line[:, 0::2], line[:, 1::2]])
@@ -139,7 +136,7 @@ def _weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
         grad = F.pad(grad, (0, 0, 0, width % 2, 0, height % 2))
     rows = _rows_of_a_block(tiles)
     sums, products = x.new_empty(4, 2, rows, tiles[1], o), x.new_empty(4, 4, rows, tiles[1], o)
-    transformed = x.new_zeros(4, 4, c, o)
+    transformed = x.new_zeros(4, 4, o, c)
     for image, y, data in _transformed(x, tiles):
         r = data.shape[2]
         for b in range(2):
@@ -148,8 +145,8 @@ def _weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
         for i in range(4):
             _transform_output_gradient(sums[i, :, :r], products[i, :, :r])
             for j in range(4):
-                transformed[i, j].addmm_(data[i, j].flatten(0, 1).T, products[i, j, :r].view(-1, o))
-    return (torch.kron(_G, _G).T @ transformed.view(16, c * o)).view(3, 3, c, o).permute(3, 2, 0, 1)
+                transformed[i, j] += _linear(products[i, j, :r].view(-1, o).T, data[i, j].flatten(0, 1).T)
+    return (transformed.view(16, o * c).T @ torch.kron(_G, _G)).view(o, c, 3, 3)
 
 
 def _transformed(x: Tensor, tiles: tuple[int, int]) -> Iterator[tuple[int, int, Tensor]]:
@@ -173,6 +170,22 @@ def _transformed(x: Tensor, tiles: tuple[int, int]) -> Iterator[tuple[int, int, 
             for i in range(4):
                 _transform_input([half[i, :r, j:][:, : 2 * tiles[1] - 1 : 2] for j in range(4)], data[i, :, :r])
             yield image, y, data[:, :, :r]
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute ``x @ weight.T`` by oneDNN where torch has it: MKL, which torch prefers, has no AVX-512 on AMD."""
+    if _onednn_works():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, 'none', [], 'none')
+    return F.linear(x, weight)
+
+
+@cache
+def _onednn_works() -> bool:
+    x, weight = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+    try:
+        return torch.equal(torch.ops.mkldnn._linear_pointwise(x, weight, None, 'none', [], 'none'), x @ weight.T)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
 
 
 def _rows_of_a_block(tiles: tuple[int, int]) -> int:
