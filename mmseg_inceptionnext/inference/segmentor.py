@@ -168,10 +168,10 @@ class Segmentor:
 
     def __reduce__(self) -> tuple:
         """Pickle and copy what it was made from; the files are read again where it is unpickled, by the rules there."""
-        *arguments, precision = self._arguments
+        *first, precision, runtime, threads = self._arguments
         if isinstance(self._model, AutoPrecision):
             precision = self._model.precision  # a copy is spared the race
-        return type(self), (*arguments, precision)
+        return type(self), (*first, precision, runtime, threads)
 
     def _open_trained(self, config: str | Path | Config, checkpoint: str | Path, device: str | torch.device | None,
                       classes: str | Path | None, fast: bool, precision: str) -> None:  # fmt: skip

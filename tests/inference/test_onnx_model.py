@@ -169,7 +169,7 @@ HOSTILE = {
     'logits that are infinite or NaN': (lambda: model_of(**NOT_A_NUMBER), 'logits that are not finite numbers'),
     'logits that overflow': (
         lambda: model_of(**NOT_A_NUMBER, precision='fp16'),
-        "not finite numbers: export it again with precision='fp32'",
+        'not finite numbers: export it again with --precision fp32',
     ),
     'an endless loop': (endless_loop, "operator 'Loop'"),
     'random numbers': (lambda: model_of(steps=[node('RandomNormalLike', 'y')], out='z'), "operator 'RandomNormalLike'"),
