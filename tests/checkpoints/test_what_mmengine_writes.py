@@ -79,7 +79,8 @@ def test_optimizers(name, tmp_path):
     kind = OPTIMIZERS.get(name)
     try:
         made = optimizer(kind)
-    except (RuntimeError, TypeError, ImportError) as error:  # sparse gradients only; a base class; needs a package
+    except (RuntimeError, TypeError, ValueError, ImportError) as error:
+        # sparse gradients only; a base class; transformers' Adafactor, without a learning rate; needs a package
         pytest.skip(f'{name}: {error}')
     state = read_back(tmp_path, made.state_dict())
     torch.testing.assert_close(state, made.state_dict(), rtol=0, atol=0, equal_nan=True)
