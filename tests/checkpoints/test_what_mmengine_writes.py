@@ -244,7 +244,7 @@ def test_errors_are_those_that_other_libraries_expect(tmp_path, monkeypatch, tra
                 CheckpointLoader.load_checkpoint(str(tmp_path / name))
     with pytest.raises(FileNotFoundError, match='no config at'):
         get_config('nowhere/at_all')
-    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    monkeypatch.setitem(sys.modules, 'onnx', None)
     with pytest.raises(ImportError, match='pip install'):
         Segmentor(tmp_path / 'model.onnx')
     with pytest.raises(FileNotFoundError):
