@@ -259,7 +259,7 @@ class _AddUpSampled(torch.autograd.Function):
         products = [x.contiguous(memory_format=torch.channels_last) for x in products]
         for block, c, between, levels in _blocks(out, products, places, align_corners):
             for r, rows, taps in levels:
-                torch.bmm(r.expand(len(taps), -1, -1), taps, out=rows)
+                rows.baddbmm_(r.expand(len(taps), -1, -1), taps, beta=0)  # in place: not counted as multiply-adds
             block.baddbmm_(c.expand(len(block), -1, -1), between)
         return out
 
