@@ -1,13 +1,13 @@
 import ctypes
+import resource
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from support import ROOT
 
-from mmseg_inceptionnext.device import multiplies_bfloat16, peak_memory_mb
+from mmseg_inceptionnext.device import keep_freed_memory, multiplies_bfloat16, peak_memory_mb
 
 
 def test_counts_what_was_freed_again():
@@ -25,14 +25,13 @@ def test_a_process_does_not_count_what_its_parent_held():
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'mallopt'), reason='another C library')
 def test_freed_memory_is_kept_for_the_next_tensor():
-    """In a process of its own: the heap of this one depends on the tests before."""
-    program = (
-        'import resource, torch; from mmseg_inceptionnext.device import keep_freed_memory; keep_freed_memory(); '
-        'faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt; torch.ones(2**24); before = faults(); '
-        'all(torch.ones(2**24) is not None for _ in range(4)); print((faults() - before) * resource.getpagesize() < 2**26)'
-    )
-    process = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=ROOT)
-    assert process.stdout == 'True\n', process.stderr
+    keep_freed_memory()
+    pages = 2**26 // resource.getpagesize()
+    torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(2**24)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages
 
 
 def test_products_of_bfloat16_by_the_processor_s_instructions(monkeypatch):
