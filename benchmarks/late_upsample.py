@@ -32,10 +32,10 @@ def of_mmseg(name: str) -> tuple[nn.Module, nn.Module]:
 def of_transformers() -> tuple[nn.Module, nn.Module]:
     import transformers
 
-    stages = [f'stage{i}' for i in range(1, 5)]
-    cfg = transformers.UperNetConfig(
-        backbone_config=transformers.ConvNextConfig(out_features=stages), use_auxiliary_head=False, num_labels=150
+    backbone = transformers.ConvNextConfig(  # its default sizes, a tuple, are not taken as such
+        hidden_sizes=[96, 192, 384, 768], out_features=[f'stage{i}' for i in range(1, 5)]
     )
+    cfg = transformers.UperNetConfig(backbone_config=backbone, use_auxiliary_head=False, num_labels=150)
     return treated(transformers.UperNetForSemanticSegmentation(cfg))
 
 

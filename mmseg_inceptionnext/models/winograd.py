@@ -181,7 +181,7 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 @cache
 def _onednn_works() -> bool:
-    x, weight = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+    x, weight = (torch.arange(n, dtype=torch.float32, device='cpu').view(-1, 3) for n in (6, 12))
     try:
         return torch.equal(torch.ops.mkldnn._linear_pointwise(x, weight, None, 'none', [], 'none'), x @ weight.T)
     except (AttributeError, NotImplementedError, RuntimeError):

@@ -9,12 +9,19 @@ from support import ROOT, TINY_CONFIG, TINY_UPERNET, relative_error, segmentor_w
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmseg_inceptionnext import LabelMapSegmentor, optimize_for_inference
+from mmseg_inceptionnext import LabelMapSegmentor, LateUpsampleUPerHead, optimize_for_inference
 from mmseg_inceptionnext.inference import optimize
-from mmseg_inceptionnext.inference.packed import PackedConv2d, PackedMlp, PackedWinogradConv2d
+from mmseg_inceptionnext.inference.packed import (
+    PackedConv2d,
+    PackedLateUpsampleConv2d,
+    PackedLinear,
+    PackedMlp,
+    PackedWinogradConv2d,
+)
 
 CONFIGS = ['upernet/inceptionnext_a', 'upernet/inceptionnext_t', 'fpn/inceptionnext_a', 'fpn/inceptionnext_t',
-           'mini/upernet_inceptionnext_a', 'baselines/upernet/convnext_t', 'baselines/fpn/resnet_50']  # fmt: skip
+           'mini/upernet_inceptionnext_a', 'baselines/upernet/convnext_t', 'baselines/upernet/swin_t',
+           'baselines/fpn/resnet_50']  # fmt: skip
 needs_packing = pytest.mark.skipif(not optimize.packing_works(), reason='this torch has no packed operators')
 
 
@@ -102,6 +109,16 @@ def test_packed_where_it_pays():
     plain_pointwise = [name for name, module in fast.named_modules()
                        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)]  # fmt: skip
     assert plain_pointwise == []
+
+
+@needs_packing
+@pytest.mark.parametrize('config, linears', [('swin_t', 51), ('convnext_t', 36)])
+def test_mmsegs_own_head_and_other_backbones_are_packed_as_well(config, linears):
+    fast = optimize_for_inference(segmentor_with_statistics(ROOT / f'configs/baselines/upernet/{config}.py'))
+    assert sum(isinstance(module, PackedLinear) for module in fast.backbone.modules()) == linears
+    assert not any(isinstance(module, nn.Linear) for module in fast.modules())
+    assert isinstance(fast.decode_head, LateUpsampleUPerHead)
+    assert sum(isinstance(module, PackedLateUpsampleConv2d) for module in fast.decode_head.modules()) == 2
 
 
 @needs_packing

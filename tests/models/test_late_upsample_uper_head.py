@@ -78,8 +78,9 @@ def test_variants(variant):
         assert (late.double().eval()(x) - plain.double().eval()(x)).abs().max() < 1e-10
 
 
-def test_another_kind_of_convolution_is_left_alone():
-    plain, late = pair(conv_cfg=dict(type='ConvAWS'))
+@pytest.mark.parametrize('conv_cfg', [dict(type='ConvAWS'), dict(type='Conv2d', padding_mode='reflect')], ids=str)
+def test_another_kind_of_convolution_is_left_alone(conv_cfg):
+    plain, late = pair(conv_cfg=conv_cfg)
     assert not late.late and type(late.fpn_bottleneck.conv) is type(plain.fpn_bottleneck.conv)
     x = features(ODD, dtype=torch.float)
     with torch.no_grad():
@@ -238,6 +239,12 @@ def test_one_layer_on_its_own_against_the_definition():
         up_sampled = [F.interpolate(x, (11, 13), mode='bilinear') for x in maps]
         expected = F.conv2d(torch.cat(up_sampled, 1), conv.weight, conv.bias, padding=1)
         assert (conv(maps) - expected).abs().max() < 1e-12
+
+
+def test_one_layer_convolves_a_tensor_as_usual():
+    """A batch of as many images as there are maps is no list of maps."""
+    conv, x = LateUpsampleConv2d([3, 4, 5], 6), torch.randn(3, 12, 7, 9)
+    assert torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1))
 
 
 def by_transforms(head: nn.Module, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:

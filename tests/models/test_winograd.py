@@ -11,8 +11,12 @@ from mmseg_inceptionnext.models.winograd import conv2d_3x3, convolve, transform_
 CHANNELS = winograd.MIN_CHANNELS
 
 
+@pytest.mark.parametrize('onednn', [True, False], ids=['oneDNN', 'BLAS'])
 @pytest.mark.parametrize('size', [(16, 16), (17, 23), (16, 70)], ids=str)
-def test_result_and_gradients(size):
+def test_result_and_gradients(size, onednn, monkeypatch):
+    if onednn and not winograd._onednn_works():
+        pytest.skip('this torch has no such operator')
+    monkeypatch.setattr(winograd, '_onednn_works', lambda: onednn)
     x, weight, bias = (
         torch.randn(2, CHANNELS, *size),
         torch.randn(CHANNELS + 8, CHANNELS, 3, 3),
@@ -28,6 +32,18 @@ def test_result_and_gradients(size):
     ]
     for ours, wanted in zip(*results, strict=True):
         assert (ours - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_whether_onednn_works_does_not_depend_on_torchs_defaults():
+    """It is asked once, wherever that is."""
+    works = winograd._onednn_works.__wrapped__
+    expected = works()
+    torch.set_default_dtype(torch.double)
+    try:
+        with torch.device('meta'):
+            assert works() == expected
+    finally:
+        torch.set_default_dtype(torch.float)
 
 
 def test_rounding_is_that_of_float32():
