@@ -154,9 +154,14 @@ def _is_exportable_uper_head(head: nn.Module) -> bool:
 
 
 def _is_plain(module: ConvModule) -> bool:
-    """Return whether a module is a convolution and a ReLU once its norm is folded."""
+    """Return whether a module is a 1×1 or a 3×3 convolution and a ReLU once its norm is folded."""
+    conv = module.conv
     return (
-        type(module.conv) in (nn.Conv2d, WinogradConv2d, LateUpsampleConv2d)
+        type(conv) in (nn.Conv2d, WinogradConv2d, LateUpsampleConv2d)
+        and (conv.kernel_size, conv.padding) in (((1, 1), (0, 0)), ((3, 3), (1, 1)))
+        and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, 'zeros')
+        and not (module.with_explicit_padding or module.with_spectral_norm)
+        and module.order == ('conv', 'norm', 'act')
         and (not module.with_norm or isinstance(module.norm, _BatchNorm) and module.norm.running_mean is not None)
         and module.with_activation
         and type(module.activate) is nn.ReLU
