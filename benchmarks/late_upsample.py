@@ -1,4 +1,4 @@
-"""Measure UperNets of other backbones and libraries against themselves.
+"""Measure UperNets of other backbones and libraries against themselves: a table of docs/speed.md.
 
 mmseg's through optimize_for_inference, transformers' and segmentation_models_pytorch's through late_upsample, all with
 random weights, in float32. A model and its faster form are measured in turn; ratios are taken round by round.
