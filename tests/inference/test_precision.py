@@ -178,6 +178,13 @@ def test_the_faster_is_taken_and_said_in_a_line(monkeypatch, winner):
     assert lines == [f'precision: {winner} (0.31 s an image; {other} 0.62 s)']
 
 
+@pytest.mark.parametrize(('seconds', 'chosen'), [(0.95, 'fp32'), (0.85, 'fp32'), (0.8, 'bf16')])
+def test_other_labels_must_be_worth_it(monkeypatch, seconds, chosen):
+    monkeypatch.setattr(precision, 'multiplies_bfloat16', lambda device: True)
+    monkeypatch.setattr(precision, 'race', lambda steps: dict(fp32=1.0, bf16=seconds))
+    assert faster(named, None, 'cpu')[0] == chosen
+
+
 def named(name: str) -> nn.Module:
     module = nn.Identity()
     module.name = name

@@ -38,7 +38,7 @@ def test_all_tools(config, tool_here, tmp_path, mini_root):
         ('train', config, '--work-dir', 'work', '--iters', 4, '--resume', *alone),
         ('test', config, checkpoint, '--work-dir', 't', '--tta'),
         ('test', tmp_path / 'work' / 'own.py', checkpoint, '--work-dir', 't', '--show-dir', 'shown'),
-        ('predict', config, checkpoint, image, '--out', 'p', '--labels'),
+        ('predict', config, checkpoint, image, '--out', 'p', '--labels', '--precision', 'fp32'),
         ('export', config, checkpoint, '--out', 'm.onnx', '--shape', 96, 96, '--verify', 1),
         ('predict', 'm.onnx', image, '--out', 'q', '--labels'),
         ('get_flops', config, '--shape', 64, 64),
@@ -53,7 +53,7 @@ def test_all_tools(config, tool_here, tmp_path, mini_root):
 def test_mmsegs_functions(config, trained, mini_root):
     """They read the config themselves, and know only loaders of mmseg's names."""
     image = next((mini_root / 'images' / 'validation').iterdir())
-    expected = Segmentor(config, trained, device='cpu')(image).labels
+    expected = Segmentor(config, trained, device='cpu', precision='fp32')(image).labels
     model = init_model(str(config), str(trained), device='cpu')
     assert np.array_equal(inference_model(model, str(image)).pred_sem_seg.data[0].numpy(), expected)
     pixels = np.asarray(Image.open(image))[..., ::-1]
