@@ -27,6 +27,7 @@ from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.images import as_rgb, read_image, swap_rgb
 from mmseg_inceptionnext.inference.onnx_model import OnnxModel, is_onnx
 from mmseg_inceptionnext.inference.optimize import optimize_for_inference
+from mmseg_inceptionnext.inference.tiling import TiledModel, tiling_of
 from mmseg_inceptionnext.labels import (
     Classes,
     check_num_classes,
@@ -120,15 +121,20 @@ class Segmentor:
         classes: 'ade20k' or path of a file, see :func:`~mmseg_inceptionnext.labels.read_classes`. Default: those in the
             checkpoint.
         fast: Fold and pack the model (:func:`~mmseg_inceptionnext.optimize_for_inference`): same predictions, faster.
+        tile: Side in pixels of the tiles that images are predicted in, at their own resolution: without the resizing of
+            the test pipeline. 'auto': for images that would not fit into memory, in tiles that fit.
+        overlap: Pixels that neighbouring tiles share. Default: an eighth of the tile.
+        blend: Give the pixels of a tile weights that fall towards its border, instead of equal ones as mmseg does.
 
     Attributes:
         classes: Names, colours and coding of the classes.
         channels: Channels of the images that it takes.
         device: The device that the model runs on.
+        tiles: What predicts images in tiles; None without ``tile``.
 
     Raises:
         UserError: The config, the checkpoint or the .onnx file cannot be read, they do not fit, the checkpoint does
-            not say what its classes are, or there is no such device.
+            not say what its classes are, there is no such device, or tile or overlap cannot be used.
     """
 
     def __init__(
@@ -138,11 +144,17 @@ class Segmentor:
         device: str | torch.device | None = None,
         classes: str | Path | None = None,
         fast: bool = True,
+        tile: int | str | None = None,
+        overlap: int | None = None,
+        blend: bool = False,
     ):
+        tiling = tiling_of(tile, overlap, blend)
         if checkpoint is None:
-            self._open_onnx(config, device, classes)
+            pipeline = self._open_onnx(config, device, classes)
         else:
-            self._open_trained(config, checkpoint, device, classes, fast)
+            pipeline = self._open_trained(config, checkpoint, device, classes, fast)
+        self._pipeline = Compose(pipeline)
+        self.tiles = tiling and TiledModel(self._model, tiling, pipeline, self.channels, self.device)
         if isinstance(config, Config):
             config = copy.deepcopy(config)
         else:
@@ -151,23 +163,23 @@ class Segmentor:
             checkpoint = Path(checkpoint).expanduser().absolute()
         if classes not in (None, 'ade20k'):
             classes = Path(classes).absolute()
-        self._arguments = config, checkpoint, device, classes, fast
+        self._arguments = config, checkpoint, device, classes, fast, tile, overlap, blend
 
     def __reduce__(self) -> tuple:
         """Pickle and copy what it was made from; the files are read again where it is unpickled, by the rules there."""
         return type(self), self._arguments
 
     def _open_trained(self, config: str | Path | Config, checkpoint: str | Path, device: str | torch.device | None,
-                      classes: str | Path | None, fast: bool) -> None:  # fmt: skip
+                      classes: str | Path | None, fast: bool) -> list[dict]:  # fmt: skip
         self.device = find_device(device)
         cfg, model, self.classes = load_trained(config, checkpoint, classes)
         self.channels = channels_of(model)
         model = model.to(self.device)
         self._model = optimize_for_inference(model) if fast and isinstance(model, EncoderDecoder) else model
-        self._pipeline = Compose(pipeline_for_arrays(leaf_datasets(cfg.test_dataloader.dataset)[0].pipeline))
+        return pipeline_for_arrays(leaf_datasets(cfg.test_dataloader.dataset)[0].pipeline)
 
     def _open_onnx(self, path: str | Path | Config, device: str | torch.device | None,
-                   classes: str | Path | None) -> None:  # fmt: skip
+                   classes: str | Path | None) -> list[dict]:  # fmt: skip
         if isinstance(path, Config) or not is_onnx(path):
             raise UserError('a config needs checkpoint=FILE of a segmentor trained with it; an .onnx file needs none')
         if device is not None and find_device(device).type != 'cpu':
@@ -181,7 +193,7 @@ class Segmentor:
             named = read_classes(classes)
             check_num_classes(named.names, len(self.classes.names), str(classes))
             self.classes = dataclasses.replace(named, codes=self.classes.codes)
-        self._pipeline = Compose(self._model.contract.pipeline())
+        return self._model.contract.pipeline()
 
     def __call__(
         self, images: str | Path | Image.Image | np.ndarray | Sequence, batch_size: int = 1
@@ -192,7 +204,7 @@ class Segmentor:
             images: A path, a PIL image, or an array (H, W, 3) of uint8 in RGB order, see
                 :func:`~mmseg_inceptionnext.images.read_image`; or a list of these.
             batch_size: Number of images of a list in one forward pass, where they have the same size after the test
-                pipeline. All of them are held in memory.
+                pipeline. All of them are held in memory. Of an image in tiles, the number of tiles.
 
         Returns:
             A :class:`Segmentation` at the size of the image, or a list of them in the same order.
@@ -201,13 +213,13 @@ class Segmentor:
             UserError: An image cannot be read.
         """
         if not isinstance(images, (list, tuple)):
-            return self.predict([self.prepare(self.read(images))])[0]
+            return self.predict([self.prepare(self.read(images))], batch_size)[0]
         if batch_size < 1:
             raise ValueError(f'batch_size={batch_size} must be at least 1')
         results = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
-            results += self.predict([self.prepare(self.read(image)) for image in batch])
+            results += self.predict([self.prepare(self.read(image)) for image in batch], batch_size)
         return results
 
     def read(self, source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
@@ -221,6 +233,8 @@ class Segmentor:
             UserError: A side is too short at the test scale.
         """
         height, width = image.shape[:2]
+        if self.tiles and (tile := self.tiles.tile_of((height, width))):
+            return dict(image=image, tile=tile)
         seen = (0, 0)
         with suppress(cv2.error, ZeroDivisionError):  # a side resized to 0 pixels
             packed = self._pipeline(dict(img=swap_rgb(image)))
@@ -232,12 +246,21 @@ class Segmentor:
         return dict(packed, image=image)
 
     @torch.inference_mode()
-    def predict(self, prepared: Sequence[dict]) -> list[Segmentation]:
-        """Segment images that :meth:`prepare` returned; those of the same size are one batch."""
+    def predict(self, prepared: Sequence[dict], batch_size: int = 1) -> list[Segmentation]:
+        """Segment images that :meth:`prepare` returned; those of the same size are one batch.
+
+        Args:
+            prepared: The images.
+            batch_size: Tiles in one forward pass, where an image is predicted in tiles.
+        """
         by_size: dict[tuple, list[int]] = {}
-        for index, item in enumerate(prepared):
-            by_size.setdefault(item['inputs'].shape, []).append(index)
         results: dict[int, Segmentation] = {}
+        for index, item in enumerate(prepared):
+            if 'tile' in item:
+                labels = self.tiles.labels(item['image'], item['tile'], batch_size)
+                results[index] = Segmentation(as_rgb(item['image']), labels, self.classes)
+            else:
+                by_size.setdefault(item['inputs'].shape, []).append(index)
         for indices in by_size.values():
             data = {key: [prepared[i][key] for i in indices] for key in ('inputs', 'data_samples')}
             for index, sample in zip(indices, self._model.test_step(data), strict=True):
