@@ -49,6 +49,28 @@ def peak_bytes(function) -> int:
     return peak
 
 
+def save_segmentor(folder: Path, classes: int = 3, codes: tuple = (), base: Path = TINY_CONFIG, seed: int = 0,
+                   **changes) -> tuple[Path, Path]:  # fmt: skip
+    """Write a config whose test pipeline resizes nothing, and a checkpoint of random weights with names of classes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]
+    cfg = dict(
+        _base_=str(base), model=dict(decode_head=dict(num_classes=classes)),
+        test_dataloader=dict(dataset=dict(pipeline=pipeline)), **changes,
+    )  # fmt: skip
+    config, checkpoint = folder / 'config.py', folder / 'model.pth'
+    config.write_text('\n'.join(f'{key} = {value!r}' for key, value in cfg.items()))
+    torch.manual_seed(seed)
+    model = build_segmentor(Config.fromfile(config))
+    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
+    palette = [(200, 40 * i % 256, 10 * i % 256) for i in range(classes)]
+    meta = dict(classes=[f'class {i}' for i in range(classes)], palette=palette)
+    if codes:
+        meta['codes'] = codes
+    torch.save(dict(meta=dict(dataset_meta=meta), state_dict=model.state_dict()), checkpoint)
+    return config, checkpoint
+
+
 def segmentor_with_statistics(path: str | Path, **options) -> torch.nn.Module:
     """Build a segmentor in eval mode, with statistics, γ and biases that make a difference."""
     cfg = Config.fromfile(path)

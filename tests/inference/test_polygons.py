@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-
-pytest.importorskip('rasterio')
 from rasterio import features
 
 from mmseg_inceptionnext.inference.polygons import Polygonizer
