@@ -4,6 +4,8 @@ import argparse
 
 from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
 from mmseg_inceptionnext.command_line import ToolParser, add_trust_option, output_file, run
+from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.export.deepness import RESOLUTION, export_for_deepness
 from mmseg_inceptionnext.export.export import TOLERANCES, export
 from mmseg_inceptionnext.inference.onnx_model import DTYPES
 
@@ -45,8 +47,19 @@ def main() -> None:
         '--classes', metavar='ade20k|FILE', help='if the checkpoint has no names: FILE holds NAME or NAME #RRGGBB lines'
     )
     parser.add_argument('--device', default='cpu', help='device that a .pt2 is made for, and compared on (cpu)')
+    parser.add_argument(
+        '--for', dest='program', choices=('deepness',), help='a file for the QGIS plugin Deepness and for GeoDeep'
+    )
+    parser.add_argument(
+        '--resolution', metavar='CM', type=float, help=f'of --for: centimetres a pixel in training ({RESOLUTION:g})'
+    )
     add_trust_option(parser)
     args = parser.parse_args()
+    if args.program:
+        for_program(args)
+        return
+    if args.resolution is not None:
+        raise UserError(f'resolution={args.resolution:g} is for --for deepness: leave it out')
 
     with trusting_checkpoints(args.trust_checkpoint):
         verified = export(
@@ -60,6 +73,27 @@ def main() -> None:
     print(
         f'{args.out}: {args.out.stat().st_size / 2**20:.0f} MiB. On {verified.images} images {logits}'
         f'{verified.differing:.2%} of the labels differ (ties)'
+    )
+
+
+def for_program(args: argparse.Namespace) -> None:
+    if args.labels or args.dynamic or args.precision != 'fp32':
+        raise UserError(
+            '--for deepness takes tiles of one size and returns probabilities in fp32: drop the other options'
+        )
+    height, width = args.shape
+    if height != width:
+        raise UserError(f'shape={tuple(args.shape)}: --for deepness takes square tiles')
+    resolution = args.resolution or RESOLUTION
+    with trusting_checkpoints(args.trust_checkpoint):
+        verified = export_for_deepness(
+            args.config, args.checkpoint, args.out, height, resolution, args.verify, args.images, args.classes
+        )
+    print(
+        f'{args.out}: {args.out.stat().st_size / 2**20:.0f} MiB, for tiles of {height}×{width} pixels of '
+        f'{resolution:g} cm{"" if args.resolution else " (the default of GeoDeep: --resolution sets it)"}. On '
+        f'{verified.images} images its probabilities are within {verified.error:.1e}, and {verified.differing:.2%} of '
+        'the labels differ (ties)'
     )
 
 

@@ -104,12 +104,7 @@ def export(
     if is_onnx(out):
         for name in ('onnx', 'onnxscript', 'onnxruntime'):
             import_onnx(name)
-    if min(shape) < LARGEST_STRIDE:
-        raise UserError(f'shape={tuple(shape)}: no side may be shorter than {LARGEST_STRIDE}')
-    if shape[0] * shape[1] > MOST_PIXELS:
-        raise UserError(f'shape={tuple(shape)}: these are more than {MOST_PIXELS} pixels')
-    if verify + len(images) < 1:
-        raise UserError('there is no image to compare on: pass verify=1 or more, or images=FILE')
+    check_images(shape, verify, images)
     device = find_device(device)
     cfg, model, found = load_trained(config, checkpoint, classes)
     prepare = resize_transforms(pipeline_for_arrays(leaf_datasets(cfg.test_dataloader.dataset)[0].pipeline))
@@ -128,13 +123,23 @@ def export(
     model, module = model.to(device), module.to(device)
     pictures = [
         *_random_images(verify, contract.channels, shape, dynamic),
-        *(_real_image(path, contract) for path in images),
+        *(real_image(path, contract) for path in images),
     ]
-    with _quiet():
+    with quiet_exporters():
         program = _trace(module, contract, shape)
         with atomic_write(out) as path:
             run = _write_onnx(program, contract, path) if is_onnx(out) else _write_pt2(program, contract, path, device)
             return _compare(run, model, pictures, contract)
+
+
+def check_images(shape: tuple[int, int], verify: int, images: Sequence[str | Path]) -> None:
+    """Check the size of a file's images, and that there are some to compare on."""
+    if min(shape) < LARGEST_STRIDE:
+        raise UserError(f'shape={tuple(shape)}: no side may be shorter than {LARGEST_STRIDE}')
+    if shape[0] * shape[1] > MOST_PIXELS:
+        raise UserError(f'shape={tuple(shape)}: these are more than {MOST_PIXELS} pixels')
+    if verify + len(images) < 1:
+        raise UserError('there is no image to compare on: pass verify=1 or more, or images=FILE')
 
 
 def resize_transforms(pipeline: list[dict]) -> tuple[dict, ...]:
@@ -165,7 +170,8 @@ def _network_size(shape: tuple[int, int], contract: Contract) -> tuple[int, int]
     return tuple(Compose(contract.pipeline())(dict(img=image))['inputs'].shape[1:])
 
 
-def _real_image(path: str | Path, contract: Contract) -> np.ndarray:
+def real_image(path: str | Path, contract: Contract) -> np.ndarray:
+    """Read an image to compare on, (1, C, H, W) uint8 or float32, resized for a file."""
     image = swap_rgb(read_image(path, contract.channels))
     pipeline = contract.pipeline()
     pixels = Compose(pipeline)(dict(img=image))['inputs']
@@ -180,7 +186,7 @@ def _real_image(path: str | Path, contract: Contract) -> np.ndarray:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporters() -> Iterator[None]:
     """Silence the exporters, which log a line for each of a thousand nodes."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -219,10 +225,24 @@ def _write_pt2(program: ExportedProgram, contract: Contract, path: Path,
 
 def _write_onnx(program: ExportedProgram, contract: Contract, path: Path) -> Callable[[np.ndarray], np.ndarray]:
     onnx = import_onnx('onnx')
-    name = 'labels' if contract.labels else 'logits'
+    model = onnx_of(program, 'labels' if contract.labels else 'logits')
+    _name_sizes(model, contract)
+    versions = _versions() | {'onnx': onnx.__version__}
+    onnx.helper.set_model_props(model, contract.metadata(versions))
+    onnx.checker.check_model(model, full_check=True)
+    path.write_bytes(model.SerializeToString())
+    return OnnxModel(path).run
+
+
+def onnx_of(program: ExportedProgram, output: str):
+    """Return a program as an ONNX model whose input is called 'image'.
+
+    Raises:
+        UserError: The exporter cannot write it, or it needs an operator that is not run from a file.
+    """
     try:
         model = torch.onnx.export(
-            program, dynamo=True, input_names=['image'], output_names=[name], verbose=False
+            program, dynamo=True, input_names=['image'], output_names=[output], verbose=False
         ).model_proto
     except torch.onnx.OnnxExporterError as error:
         raise UserError(
@@ -233,15 +253,10 @@ def _write_onnx(program: ExportedProgram, contract: Contract, path: Path) -> Cal
         raise UserError(
             f'this segmentor needs the ONNX operator {foreign[0]}, which is not run from a file: write a .pt2'
         )
-    _name_sizes(model, contract)
     for part in (model.graph, *model.graph.node, *model.functions):
         part.ClearField('doc_string')
         part.ClearField('metadata_props')  # source lines with local paths
-    versions = _versions() | {'onnx': onnx.__version__}
-    onnx.helper.set_model_props(model, contract.metadata(versions))
-    onnx.checker.check_model(model, full_check=True)
-    path.write_bytes(model.SerializeToString())
-    return OnnxModel(path).run
+    return model
 
 
 def _name_sizes(model, contract: Contract) -> None:

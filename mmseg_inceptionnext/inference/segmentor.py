@@ -150,11 +150,10 @@ class Segmentor:
     ):
         tiling = tiling_of(tile, overlap, blend)
         if checkpoint is None:
-            pipeline = self._open_onnx(config, device, classes)
+            self._open_onnx(config, device, classes)
         else:
-            pipeline = self._open_trained(config, checkpoint, device, classes, fast)
-        self._pipeline = Compose(pipeline)
-        self.tiles = tiling and TiledModel(self._model, tiling, pipeline, self.channels, self.device)
+            self._open_trained(config, checkpoint, device, classes, fast)
+        self.tiles = tiling and TiledModel(self._model, tiling, self._pipeline, self.channels, self.device)
         if isinstance(config, Config):
             config = copy.deepcopy(config)
         else:
@@ -170,16 +169,16 @@ class Segmentor:
         return type(self), self._arguments
 
     def _open_trained(self, config: str | Path | Config, checkpoint: str | Path, device: str | torch.device | None,
-                      classes: str | Path | None, fast: bool) -> list[dict]:  # fmt: skip
+                      classes: str | Path | None, fast: bool) -> None:  # fmt: skip
         self.device = find_device(device)
         cfg, model, self.classes = load_trained(config, checkpoint, classes)
         self.channels = channels_of(model)
         model = model.to(self.device)
         self._model = optimize_for_inference(model) if fast and isinstance(model, EncoderDecoder) else model
-        return pipeline_for_arrays(leaf_datasets(cfg.test_dataloader.dataset)[0].pipeline)
+        self._pipeline = Compose(pipeline_for_arrays(leaf_datasets(cfg.test_dataloader.dataset)[0].pipeline))
 
     def _open_onnx(self, path: str | Path | Config, device: str | torch.device | None,
-                   classes: str | Path | None) -> list[dict]:  # fmt: skip
+                   classes: str | Path | None) -> None:  # fmt: skip
         if isinstance(path, Config) or not is_onnx(path):
             raise UserError('a config needs checkpoint=FILE of a segmentor trained with it; an .onnx file needs none')
         if device is not None and find_device(device).type != 'cpu':
@@ -193,7 +192,7 @@ class Segmentor:
             named = read_classes(classes)
             check_num_classes(named.names, len(self.classes.names), str(classes))
             self.classes = dataclasses.replace(named, codes=self.classes.codes)
-        return self._model.contract.pipeline()
+        self._pipeline = Compose(self._model.contract.pipeline())
 
     def __call__(
         self, images: str | Path | Image.Image | np.ndarray | Sequence, batch_size: int = 1

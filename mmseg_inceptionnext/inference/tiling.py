@@ -10,6 +10,7 @@ from itertools import islice
 import mmcv
 import numpy as np
 import torch
+from mmcv.transforms import BaseTransform, Compose
 from mmseg.models.segmentors import EncoderDecoder
 from torch import Tensor, nn
 
@@ -112,7 +113,7 @@ class TiledModel:
         UserError: The model does not give logits of tiles, or the test pipeline does more than load, resize and pack.
     """
 
-    def __init__(self, model, tiling: Tiling, pipeline: Sequence[dict], channels: int, device: torch.device):
+    def __init__(self, model, tiling: Tiling, pipeline: Compose, channels: int, device: torch.device):
         self._model, self._tiling, self._channels, self._device = model, tiling, channels, device
         self._contract = getattr(model, 'contract', None)
         name = f'tile={tiling.tile!r}'
@@ -123,10 +124,10 @@ class TiledModel:
                 f'{name}: {model.path} can be run in tiles of a given side, and if it returns logits, not labels: '
                 'pass a number, or export it again'
             )
-        known = ('LoadImageFromNDArray', *_RESIZES, 'PackSegInputs')
-        if others := [transform['type'] for transform in pipeline if transform['type'] not in known]:
+        kinds = [type(transform).__name__ for transform in pipeline.transforms]
+        if others := [kind for kind in kinds if kind not in ('LoadImageFromNDArray', *_RESIZES, 'PackSegInputs')]:
             raise UserError(f'{name} leaves out {others[0]} of the test pipeline: remove it, or predict without tiles')
-        self._resizes = [transform for transform in pipeline if transform['type'] in _RESIZES]
+        self._resizes = [each for each, kind in zip(pipeline.transforms, kinds, strict=True) if kind in _RESIZES]
         if tiling.tile == 'auto':
             self._bytes_per_pixel = bytes_per_pixel(model, torch.zeros(1, channels, 256, 256, device=device))
         elif self._resizes:
@@ -207,11 +208,11 @@ def _check_model(model: nn.Module, name: str) -> None:
         raise UserError(f'{name}: a data_preprocessor.test_cfg pads images, which tiles do not need: leave it out')
 
 
-def _size_after(resizes: Sequence[dict], size: tuple[int, int]) -> tuple[int, int]:
+def _size_after(resizes: Sequence[BaseTransform], size: tuple[int, int]) -> tuple[int, int]:
     """Return the height and width that transforms resize an image to, but for rounding to a multiple."""
     for transform in resizes:
-        if scale := transform.get('scale'):
-            width, height = mmcv.rescale_size(size[::-1], tuple(scale)) if transform.get('keep_ratio') else scale
+        if scale := getattr(transform, 'scale', None):
+            width, height = mmcv.rescale_size(size[::-1], scale) if transform.keep_ratio else scale
             size = height, width
     return size
 

@@ -1,8 +1,12 @@
 """TIFFs in tiles: the labels of the whole image, where it lies, in files that others open; and what goes wrong."""
 
 import json
+import os
 import resource
+import runpy
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,7 @@ from mmengine.config import Config
 from PIL import Image
 from rasterio import Affine, features
 from rasterio.enums import ColorInterp
-from support import assert_user_error, save_segmentor
+from support import ROOT, assert_user_error, save_segmentor
 
 from mmseg_inceptionnext import Segmentor, UserError
 from mmseg_inceptionnext.errors import UnreadableFile
@@ -358,3 +362,52 @@ def test_a_disk_that_fills_leaves_nothing_half_written_and_what_was_there(tiled,
         predict(tiled, sources, output, overwrite=True)
     assert {p: p.read_bytes() for p in written} == before
     assert not [p for p in tmp_path.rglob('.*') if p.is_file()]
+
+
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_DATA, (2**31, 2**31))
+sys.argv = sys.argv[1:]
+sys.orig_argv = ['python', *sys.argv]
+try:
+    runpy.run_path(sys.argv[0], run_name='__main__')
+finally:
+    from mmseg_inceptionnext.device import peak_memory_mb
+    print('peak', peak_memory_mb('cpu'))
+"""
+
+
+@pytest.mark.parametrize('side', [1600, pytest.param(20000, marks=pytest.mark.slow)])
+def test_any_size_goes_through_two_gibibytes(files, tmp_path, side):
+    """The kernel limits what the process allocates (RLIMIT_DATA); what it had in memory at the peak is measured."""
+    paint = runpy.run_path(str(ROOT / 'benchmarks' / 'tiles.py'))['paint']
+    paint(tmp_path / 'large.tif', side)
+    command = (
+        'predict.py',
+        *files,
+        'large.tif',
+        '--out',
+        'out',
+        '--tile',
+        1024,
+        '--polygons',
+        'p.gpkg',
+        '--min-area',
+        64,
+    )
+    process = subprocess.run(
+        [sys.executable, '-c', LIMITED, ROOT / 'tools' / command[0], *map(str, command[1:])],
+        cwd=tmp_path, env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert float(process.stdout.split()[-1]) < 2048
+    with (
+        rasterio.open(tmp_path / 'large.tif') as image,
+        rasterio.open(tmp_path / 'out' / 'labels' / 'large.tif') as file,
+    ):
+        assert file.shape == (side, side) and file.transform == image.transform and file.crs == image.crs
+        assert file.bounds == image.bounds
+        # The image repeats itself; here far from where tiles meet, and across a seam of tiles.
+        found = [file.read(1, window=((top, top + 64), (left, left + 64))) for top, left in ((300, 300), (860, 860))]
+    assert all(1 <= labels.min() and labels.max() <= 3 for labels in found)
+    assert pyogrio.read_info(tmp_path / 'p.gpkg')['features'] > 10

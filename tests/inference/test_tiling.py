@@ -7,7 +7,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmseg.structures import SegDataSample
-from support import TINY_CONFIG, TINY_UPERNET, peak_bytes, save_segmentor
+from support import TINY_CONFIG, TINY_UPERNET, needs_onnx_exporter, peak_bytes, save_segmentor
 
 from mmseg_inceptionnext import Segmentor, UserError
 from mmseg_inceptionnext.export import export
@@ -77,6 +77,7 @@ def test_a_threshold(tmp_path, image):
     assert np.array_equal(labels[far], (probability > 0.3)[far]) and 0 < labels.mean() < 1
 
 
+@needs_onnx_exporter
 def test_an_onnx_file_in_tiles_of_its_size(files, image, tmp_path):
     export(*files, tmp_path / 'logits.onnx', (64, 64), verify=1)
     labels = Segmentor(tmp_path / 'logits.onnx', tile=64, overlap=24)(image).labels
