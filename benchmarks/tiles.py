@@ -1,4 +1,4 @@
-"""Measure the prediction of large GeoTIFFs in tiles: megapixels a second and peak memory, the table of docs/geo.md.
+"""Measure the prediction of large GeoTIFFs in tiles: megapixels a second and peak memory, the table of docs/predict.md.
 
 The images are made on the spot, the weights are random. Each image is predicted in a process of its own.
 """

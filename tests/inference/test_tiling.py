@@ -7,12 +7,14 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmseg.structures import SegDataSample
+from PIL import Image
 from support import TINY_CONFIG, TINY_UPERNET, needs_onnx_exporter, peak_bytes, save_segmentor
 
 from mmseg_inceptionnext import Segmentor, UserError
 from mmseg_inceptionnext.export import export
 from mmseg_inceptionnext.inference import tiling
 from mmseg_inceptionnext.inference.segmentor import load_trained
+from mmseg_inceptionnext.inference.tiles import Grid
 from mmseg_inceptionnext.inference.tiling import bytes_per_pixel
 
 
@@ -113,6 +115,25 @@ def test_the_estimate_of_memory_is_within_a_factor_of_what_torch_takes(files):
     with torch.no_grad():
         taken = peak_bytes(lambda: model(inputs, mode='tensor')) / 256**2
     assert taken / 3 < bytes_per_pixel(model, inputs) < 4 * taken
+
+
+@pytest.mark.parametrize('base', [TINY_CONFIG, TINY_UPERNET], ids=['fpn', 'upernet'])
+def test_falling_weights_leave_no_seams(tmp_path, base):
+    """Labels change across the lines where windows begin and end as often as in the image as a whole."""
+    files = save_segmentor(tmp_path, classes=5, base=base)
+    noise = np.random.default_rng(0).integers(0, 256, (20, 26, 3), np.uint8)
+    image, grid = np.asarray(Image.fromarray(noise).resize((416, 320))), Grid((320, 416), (128, 128), (96, 96))
+
+    def changes(**options) -> float:
+        labels, shares = Segmentor(*files, device='cpu', **options)(image).labels, []
+        for axis in (0, 1):
+            starts, lines = grid.starts(axis), np.moveaxis(labels, axis, 0)
+            seams = {*starts[1:], *(start + grid.crop[axis] for start in starts[:-1])}
+            shares += [np.mean(lines[i] != lines[i - 1]) for i in seams]
+        return np.mean(shares)
+
+    whole, average = changes(), changes(tile=128, overlap=32)
+    assert changes(tile=128, overlap=32, blend=True) < 1.1 * whole < average / 2
 
 
 def test_copies_predict_in_tiles(files, image):
