@@ -4,15 +4,40 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 _MOST_PIXELS = 2**19  # that are made polygons at once: rasterio holds all of a call in memory
 
-# (n, 2) int64: corners (x, y) of pixels, without the first at the end. Outer rings have a positive area in pixel
-# coordinates (y points down), holes a negative one: the polygon is always at the same side.
-Ring = np.ndarray
+
+class Ring:
+    """A closed line along the sides of pixels.
+
+    Outer rings have a positive area in pixel coordinates (y points down), holes a negative one: the polygon is always
+    at the same side.
+
+    Attributes:
+        points: (n, 2) int64: corners (x, y) of pixels, without the first at the end.
+        top, bottom: The smallest and the largest y.
+    """
+
+    __slots__ = ('bottom', 'points', 'top')
+
+    def __init__(self, points: np.ndarray):
+        self.points, y = points, points[:, 1]
+        self.top, self.bottom = int(y.min()), int(y.max())
+
+    @property
+    def area(self) -> int:
+        """Its number of pixels, with a sign."""
+        x, y = self.points.T
+        return int(x[:-1] @ y[1:] - y[:-1] @ x[1:] + x[-1] * y[0] - y[-1] * x[0]) // 2
+
+    def edges_at(self, y: int) -> np.ndarray:
+        """Return where edges begin that lie on a line."""
+        on_line = self.points[:, 1] == y
+        return np.flatnonzero(on_line & np.concatenate([on_line[1:], on_line[:1]]))
 
 
 @dataclass
@@ -21,20 +46,28 @@ class Polygon:
 
     Attributes:
         label: The label.
-        rings: The outer ring and the holes, in pixel coordinates.
+        rings: Rings that rows to come may change: those that reach the last row.
+        finished: The other rings.
     """
 
     label: int
     rings: list[Ring]
+    finished: list[Ring] = field(default_factory=list)
 
     @property
     def area(self) -> int:
         """Its number of pixels."""
-        return sum(map(_area, self.rings))
+        return sum(ring.area for ring in (*self.rings, *self.finished))
 
-    def ordered(self) -> list[Ring]:
-        """Return its rings, the outer one first."""
-        return sorted(self.rings, key=lambda ring: -_area(ring))
+    def ordered(self) -> list[np.ndarray]:
+        """Return the points of all rings, those of the outer one first."""
+        rings = sorted((*self.rings, *self.finished), key=lambda ring: -ring.area)
+        return [ring.points for ring in rings]
+
+    def finish(self, row: int) -> None:
+        """Put rings that do not reach a row to the finished ones."""
+        self.finished += [ring for ring in self.rings if ring.bottom < row]
+        self.rings = [ring for ring in self.rings if ring.bottom >= row]
 
 
 class Polygonizer:
@@ -71,13 +104,16 @@ class Polygonizer:
         from rasterio import Affine, features  # here: it comes with the extra [geo]
 
         top, self._row = self._row, self._row + len(labels)
-        shapes = features.shapes(labels, mask=valid, transform=Affine.translation(0, top))
-        pieces = [Polygon(int(label), _rings(shape)) for shape, label in shapes]
-        complete, above, self._open = [], self._open, []
-        for polygon in self._joined(above, pieces, top):
-            reaches = any(ring[:, 1].max() == self._row for ring in polygon.rings)
-            (self._open if reaches else complete).append(polygon)
-        yield from complete
+        above, below, complete, self._open = self._open, [], [], []
+        for shape, label in features.shapes(labels, mask=valid, transform=Affine.translation(0, top)):
+            polygon = Polygon(int(label), _rings(shape))
+            (below if any(ring.top == top for ring in polygon.rings) else complete).append(polygon)
+        for polygon in (*self._joined(above, below, top), *complete):
+            polygon.finish(self._row)
+            if polygon.rings:
+                self._open.append(polygon)
+            else:
+                yield polygon
 
     def _joined(self, above: list[Polygon], below: list[Polygon], y: int) -> Iterator[Polygon]:
         """Yield the polygons above and below a line, those with a common side on it as one."""
@@ -93,19 +129,23 @@ class Polygonizer:
         for i, polygon in enumerate(polygons):
             members[groups.of(i)].append(polygon)
         for group in members.values():
-            if len(group) == 1:
-                yield group[0]
-            else:
-                rings = [ring for polygon in group for ring in polygon.rings]
-                yield Polygon(group[0].label, _without_line(rings, y, shared))
+            joined = max(group, key=lambda polygon: len(polygon.finished))
+            if len(group) > 1:
+                for polygon in group:
+                    joined.finished += polygon.finished if polygon is not joined else []
+                joined.rings = _without_line([ring for polygon in group for ring in polygon.rings], y, shared)
+            yield joined
 
     def _at_line(self, polygons: list[Polygon], y: int, first: int) -> np.ndarray:
         """Return which polygon has a side on a line in each column, counted from ``first``; -1 for none."""
         found = np.full(self._width, -1)
         for i, polygon in enumerate(polygons, first):
             for ring in polygon.rings:
-                for start, stop in _edges_at(ring, y):
-                    found[min(start, stop) : max(start, stop)] = i
+                if y in (ring.top, ring.bottom):
+                    edges = ring.edges_at(y)
+                    x = ring.points[:, 0]
+                    for start, stop in zip(x[edges], x[(edges + 1) % len(x)], strict=True):
+                        found[min(start, stop) : max(start, stop)] = i
         return found
 
 
@@ -127,22 +167,8 @@ class _Groups:
 
 def _rings(shape: dict) -> list[Ring]:
     """Return the rings of a GeoJSON polygon of rasterio, directed."""
-    rings = [np.array(ring[:-1]).round().astype(np.int64) for ring in shape['coordinates']]
-    return [ring if (_area(ring) > 0) == (i == 0) else ring[::-1] for i, ring in enumerate(rings)]
-
-
-def _area(ring: Ring) -> int:
-    x, y = ring.T
-    return int(x[:-1] @ y[1:] - y[:-1] @ x[1:] + x[-1] * y[0] - y[-1] * x[0]) // 2
-
-
-def _edges_at(ring: Ring, y: int) -> np.ndarray:
-    """Return the x of both ends of each edge that lies on a line, (n, 2)."""
-    on_line = ring[:, 1] == y
-    if not on_line.any():
-        return np.empty((0, 2), np.int64)
-    both = on_line & np.roll(on_line, -1)
-    return np.stack([ring[:, 0], np.roll(ring[:, 0], -1)], axis=1)[both]
+    rings = [Ring(np.array(points[:-1], np.int64)) for points in shape['coordinates']]
+    return [ring if (ring.area > 0) == (i == 0) else Ring(ring.points[::-1]) for i, ring in enumerate(rings)]
 
 
 def _without_line(rings: list[Ring], y: int, shared: np.ndarray) -> list[Ring]:
@@ -155,18 +181,17 @@ def _without_line(rings: list[Ring], y: int, shared: np.ndarray) -> list[Ring]:
     """
     kept, paths = [], []  # paths: what is left of rings without the common sides, each from and to a point on the line
     for ring in rings:
-        edges = (ring[:, 1] == y) & (np.roll(ring[:, 1], -1) == y)
-        if not edges.any():
+        edges = ring.edges_at(y) if y in (ring.top, ring.bottom) else ()
+        if not len(edges):
             kept.append(ring)
             continue
-        ring = np.roll(ring, -(np.flatnonzero(edges)[0] + 1), axis=0)  # whose last edge is on the line
-        edges = np.flatnonzero((ring[:, 1] == y) & (np.roll(ring[:, 1], -1) == y))
+        points = np.concatenate([ring.points[edges[0] + 1 :], ring.points[: edges[0] + 1]])  # its last edge is on y
         start = 0
-        for edge in edges:
+        for edge in [*(edges[1:] - edges[0] - 1), len(points) - 1]:
             if edge > start:
-                paths.append(ring[start : edge + 1])
+                paths.append(points[start : edge + 1])
             start = edge + 1
-            paths += _unshared(ring[edge], ring[start % len(ring)], shared)
+            paths += _unshared(points[edge], points[start % len(points)], shared)
     return kept + _closed(paths)
 
 
@@ -193,35 +218,35 @@ def _closed(paths: list[np.ndarray]) -> list[Ring]:
                 path = by_start[at].pop()
                 parts.append(path[:-1])
                 at = path[-1, 0]
-            rings += map(_straight, _simple(np.concatenate(parts)))
+            rings += [Ring(_straight(points)) for points in _simple(np.concatenate(parts))]
     return rings
 
 
-def _simple(ring: Ring) -> list[Ring]:
+def _simple(points: np.ndarray) -> list[np.ndarray]:
     """Return a ring as rings that come to each point once.
 
     It comes to a point twice where two pixels of the polygon touch at a corner: outside and hole, or two holes, are
     apart there.
     """
-    key = ring[:, 1] * (ring[:, 0].max() + 1) + ring[:, 0]  # a number for each point
+    key = points[:, 1] * (points[:, 0].max() + 1) + points[:, 0]  # a number for each point
     _, index, counts = np.unique(key, return_inverse=True, return_counts=True)
     again = np.flatnonzero(counts[index] > 1)
     if not len(again):
-        return [ring]
-    ring, index, again = np.roll(ring, -again[0], axis=0), np.roll(index, -again[0]), again - again[0]
-    found, pieces = [], {}  # of the ring, by the point that each begins at, in their order
-    for piece in np.split(np.arange(len(ring)), again[1:]):
+        return [points]
+    points, index, again = np.roll(points, -again[0], axis=0), np.roll(index, -again[0]), again - again[0]
+    found, pieces = [], {}  # pieces: of the ring, by the point that each begins at, in their order
+    for piece in np.split(np.arange(len(points)), again[1:]):
         if (point := index[piece[0]]) in pieces:
             loop = []
             while point in pieces:
                 loop.append(pieces.popitem()[1])
-            found.append(ring[np.concatenate(loop[::-1])])
+            found.append(points[np.concatenate(loop[::-1])])
         pieces[point] = piece
-    found.append(ring[np.concatenate(list(pieces.values()))])
+    found.append(points[np.concatenate(list(pieces.values()))])
     return found
 
 
-def _straight(ring: Ring) -> Ring:
+def _straight(points: np.ndarray) -> np.ndarray:
     """Return a ring without the points at which it goes straight on."""
-    steps = np.sign(np.diff(ring, axis=0, append=ring[:1]))
-    return ring[(steps != np.concatenate([steps[-1:], steps[:-1]])).any(axis=1)]
+    steps = np.sign(np.diff(points, axis=0, append=points[:1]))
+    return points[(steps != np.concatenate([steps[-1:], steps[:-1]])).any(axis=1)]

@@ -36,7 +36,7 @@ def test_they_are_those_of_the_whole_map(seed, rows):
     valid = np.random.default_rng(seed).random(labels.shape) < 0.97 if seed > 2 else None
     found = polygons(labels, rows, valid)
     expected = features.shapes(labels, mask=valid)
-    assert as_set((p.label, p.rings) for p in found) == as_set(
+    assert as_set((p.label, p.ordered()) for p in found) == as_set(
         (label, [ring[:-1] for ring in shape['coordinates']]) for shape, label in expected
     )
     assert sum(p.area for p in found) == (labels.size if valid is None else valid.sum())
@@ -58,6 +58,6 @@ def test_a_ring_that_closes_at_the_last_row_has_a_hole():
     labels[1:5, 1:5] = 1
     labels[2:4, 2:4] = 2
     by_label = {p.label: p for p in polygons(labels, 1)}
-    assert [len(by_label[label].rings) for label in (0, 1, 2)] == [2, 2, 1]
+    assert [len(by_label[label].ordered()) for label in (0, 1, 2)] == [2, 2, 1]
     assert [by_label[label].area for label in (0, 1, 2)] == [20, 12, 4]
     assert len(by_label[1].ordered()[0]) == 4  # a square: nothing is left of the borders of strips
