@@ -18,6 +18,7 @@ from rasterio.windows import Window
 from mmseg_inceptionnext import Segmentor
 from mmseg_inceptionnext.command_line import markdown_table, positive_int, run
 from mmseg_inceptionnext.config import read_config
+from mmseg_inceptionnext.config_files import heads
 from mmseg_inceptionnext.device import peak_memory_mb
 from mmseg_inceptionnext.inference.geotiff import segment_raster
 from mmseg_inceptionnext.models.build import build_segmentor
@@ -39,20 +40,21 @@ def paint(path: Path, side: int, bands: int = 3) -> None:
             file.write(rows[:, : side - top], window=Window(0, top, side, min(512, side - top)))
 
 
-def save_random(config: str, folder: Path) -> Path:
-    """Write a checkpoint of random weights for a config."""
+def save_random(config: str, classes: int, folder: Path) -> None:
+    """Write a config with another number of classes, and a checkpoint of random weights."""
+    cfg = read_config(config)
+    for _, head in heads(cfg.model):
+        head.num_classes = classes
+    cfg.dump(folder / 'config.py')
     torch.manual_seed(0)
-    model = build_segmentor(read_config(config))
-    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
-    names = [f'class {i}' for i in range(model.num_classes)]
-    meta = dict(classes=names, palette=[(i % 256, 80, 160) for i in range(len(names))])
+    model = build_segmentor(cfg)
+    meta = dict(classes=[f'class {i}' for i in range(classes)], palette=[(i % 256, 80, 160) for i in range(classes)])
     torch.save(dict(meta=dict(dataset_meta=meta), state_dict=model.state_dict()), folder / 'model.pth')
-    return folder / 'model.pth'
 
 
-def measure(config: str, folder: Path, side: int, tile: int, overlap: int, batch_size: int) -> tuple[float, ...]:
+def measure(folder: Path, side: int, tile: int, overlap: int, batch_size: int) -> tuple[float, ...]:
     """Return seconds, and MiB at the peak before and after; of this process."""
-    segmentor = Segmentor(config, folder / 'model.pth', device='cpu', tile=tile, overlap=overlap)
+    segmentor = Segmentor(folder / 'config.py', folder / 'model.pth', device='cpu', tile=tile, overlap=overlap)
     before, start = peak_memory_mb('cpu'), time.perf_counter()
     segment_raster(segmentor, folder / f'{side}.tif', folder / 'labels.tif', batch_size=batch_size)
     return time.perf_counter() - start, before, peak_memory_mb('cpu')
@@ -61,6 +63,7 @@ def measure(config: str, folder: Path, side: int, tile: int, overlap: int, batch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--config', default='fpn/inceptionnext_t', help='config (fpn/inceptionnext_t)')
+    parser.add_argument('--classes', metavar='N', type=positive_int, default=5, help='number of classes (5)')
     parser.add_argument(
         '--megapixels', metavar='N', nargs='+', type=positive_int, default=[1, 4, 25, 100, 400], help='sizes of images'
     )
@@ -72,16 +75,15 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        save_random(args.config, folder)
+        save_random(args.config, args.classes, folder)
         for megapixels in args.megapixels:
             side = round(1000 * megapixels**0.5)
             paint(folder / f'{side}.tif', side)
             with multiprocessing.get_context('spawn').Pool(1) as pool:
-                arguments = args.config, folder, side, args.tile, args.overlap, args.batch_size
+                arguments = folder, side, args.tile, args.overlap, args.batch_size
                 seconds, before, peak = pool.apply(measure, arguments)
-            rows.append([f'{side}×{side}', f'{seconds:.1f}', f'{side**2 / 1e6 / seconds:.2f}', f'{before:.0f}',
-                         f'{peak:.0f}'])  # fmt: skip
-            print(rows[-1], flush=True)
+            speed = side**2 / 1e6 / seconds
+            rows.append([f'{side}×{side}', f'{seconds:.1f}', f'{speed:.2f}', f'{before:.0f}', f'{peak:.0f}'])
     print(markdown_table(['pixels', 's', 'megapixels/s', 'MiB before', 'MiB at the peak'], rows))
 
 
