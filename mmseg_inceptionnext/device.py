@@ -141,6 +141,37 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == 'cuda' else device
 
 
+def available_memory(device: torch.device) -> int:
+    """Return how many bytes this process can still have on a device; on a CPU, what system and cgroups leave it."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    if not (status := Path('/proc/meminfo')).is_file():  # macOS: half of the memory there is
+        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2
+    found = [1024 * int(re.search(r'MemAvailable:\s*(\d+) kB', status.read_text())[1])]
+    for folder, limit, used, reclaimable in _cgroup_folders():
+        with suppress(OSError, ValueError, TypeError):  # not such a cgroup, or 'max'
+            pages = re.search(rf'^{reclaimable} (\d+)', (folder / 'memory.stat').read_text(), re.MULTILINE)
+            held = int((folder / used).read_text()) - int(pages[1])
+            found.append(max(int((folder / limit).read_text()) - held, 0))
+    return min(found)
+
+
+def _cgroup_folders() -> list[tuple[Path, str, str, str]]:
+    """List the cgroups of this process, of version 2 and 1: folder, file of limit and use, and the files' pages."""
+    found = []
+    with suppress(OSError):
+        for line in Path('/proc/self/cgroup').read_text().splitlines():
+            _, controllers, path = line.split(':', 2)
+            kind = {'': ('', 'memory.max', 'memory.current', 'inactive_file')}
+            kind['memory'] = ('memory', 'memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file')
+            if controllers in kind:
+                mount, *names = kind[controllers]
+                inside = Path('/sys/fs/cgroup', mount, path.lstrip('/'))
+                root = Path('/sys/fs/cgroup', mount)
+                found += [(folder, *names) for folder in (inside, *inside.parents) if folder.is_relative_to(root)]
+    return found
+
+
 def peak_memory_mb(device: str) -> float:
     """Return the peak memory in MiB: allocated by torch on a GPU, resident in this process on a CPU.
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mmseg_inceptionnext.errors import UserError
+
 # What the system, not a bug, makes of a file, and what can be done about it.
 _ADVICE = {
     errno.ENOSPC: 'free space',
@@ -91,6 +93,8 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
         os.replace(partial, path)
         if durable:
             fsync(path.parent)  # the name is the folder's content
+    except UserError:  # of what is read meanwhile
+        raise
     except OSError as error:
         if error.filename in (None, str(partial)):  # None: while bytes were written
             error.filename, error.filename2 = str(path), None

@@ -21,6 +21,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import rasterio
 from mmengine.config import Config
 from PIL import Image
 from support import ROOT, TINY_CONFIG, TINY_UPERNET
@@ -61,6 +62,7 @@ ELSEWHERE = {
             'predict.py work_dirs/camvid/inceptionnext_t.py work_dirs/camvid/best_mIoU_iter_5781.pth a.png --out out',
         )
     },
+    "pip install '.[geo]'": ('Makefile', "install --quiet --editable '.[dev]'"),
     "pip install '.[onnx]'": ('Makefile', "install --quiet --editable '.[dev]'"),
 }
 
@@ -356,6 +358,11 @@ def sandbox(tmp_path, mini_root, trained, trained_upernet, roads, monkeypatch) -
     for picture in ('street.jpg', 'photos/park.jpg', 'photos/2024/beach.jpg', 'more/summer/lake.png'):
         (tmp_path / picture).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise).save(tmp_path / picture)
+    with rasterio.open(
+        tmp_path / 'ortho.tif', 'w', driver='GTiff', width=128, height=96, count=3, dtype='uint8', crs='EPSG:32633',
+        transform=rasterio.Affine(0.2, 0, 500000, 0, -0.2, 5400000),
+    ) as file:  # fmt: skip
+        file.write(noise.transpose(2, 0, 1))
     video = cv2.VideoWriter(str(tmp_path / 'drive.mp4'), cv2.VideoWriter_fourcc(*'mp4v'), 5, (128, 96))
     for _ in range(3):
         video.write(noise)

@@ -2,9 +2,13 @@
 
 import argparse
 
+from mmengine.config import Config
+
 from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
 from mmseg_inceptionnext.command_line import ToolParser, add_trust_option, output_file, run
 from mmseg_inceptionnext.config import override, read_config
+from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.export.deepness import RESOLUTION, export_for_deepness
 from mmseg_inceptionnext.export.export import PRECISIONS, export
 from mmseg_inceptionnext.export.quantize import NUMBER, calibration_of_config, calibration_of_folder
 from mmseg_inceptionnext.inference.onnx_model import DTYPES
@@ -71,8 +75,16 @@ def main() -> None:
         '--classes', metavar='ade20k|FILE', help='if the checkpoint has no names: FILE holds NAME or NAME #RRGGBB lines'
     )
     parser.add_argument('--device', default='cpu', help='device that a .pt2 is made for, and compared on (cpu)')
+    parser.add_argument(
+        '--for', dest='program', choices=('deepness',), help='a file for the QGIS plugin Deepness and for GeoDeep'
+    )
+    parser.add_argument(
+        '--resolution', metavar='CM', type=float, help=f'of --for: centimetres a pixel in training ({RESOLUTION:g})'
+    )
     add_trust_option(parser)
     args = parser.parse_args()
+    if args.resolution is not None and not args.program:
+        parser.error(f'--resolution {args.resolution:g} is for --for deepness: leave it out')
     config, images, calibration = args.config, args.images, None
     if args.precision == 'int8' and args.images:
         if len(images) > 1 or not images[0].isdecimal() or int(images[0]) < 1:
@@ -83,6 +95,9 @@ def main() -> None:
     if args.data:
         config = read_config(args.config)
         override(config, data=args.data)
+    if args.program:
+        for_program(args, config)
+        return
     if args.calibrate:
         calibration = calibration_of_folder(args.calibrate, number, args.max_drop)
     elif args.data and args.precision == 'int8':
@@ -108,6 +123,35 @@ def main() -> None:
         return
     logits = '' if args.labels else f'its logits are within {verified.error:.1e} of the largest, and '
     print(f'{size} On {verified.images} images {logits}{verified.differing:.2%} of the labels differ (ties)')
+
+
+def for_program(args: argparse.Namespace, config: str | Config) -> None:
+    others = (
+        args.labels,
+        args.dynamic,
+        args.precision != 'fp32',
+        args.runtime,
+        args.calibrate,
+        args.max_drop is not None,
+    )
+    if any(others):
+        raise UserError(
+            '--for deepness takes tiles of one size and returns probabilities in fp32: drop the other options'
+        )
+    height, width = args.shape
+    if height != width:
+        raise UserError(f'shape={tuple(args.shape)}: --for deepness takes square tiles')
+    resolution = args.resolution or RESOLUTION
+    with trusting_checkpoints(args.trust_checkpoint):
+        verified = export_for_deepness(
+            config, args.checkpoint, args.out, height, resolution, args.verify, args.images, args.classes
+        )
+    print(
+        f'{args.out}: {args.out.stat().st_size / 2**20:.0f} MiB, for tiles of {height}×{width} pixels of '
+        f'{resolution:g} cm{"" if args.resolution else " (the default of GeoDeep: --resolution sets it)"}. On '
+        f'{verified.images} images its probabilities are within {verified.error:.1e}, and {verified.differing:.2%} of '
+        'the labels differ (ties)'
+    )
 
 
 if __name__ == '__main__':

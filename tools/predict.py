@@ -15,6 +15,7 @@ from mmseg_inceptionnext.command_line import (
     add_precision_option,
     add_trust_option,
     exit_if_any_failed,
+    output_file,
     output_folder,
     positive_int,
     run,
@@ -31,6 +32,20 @@ def share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f'{text} is not from 0 to 1')
     return value
+
+
+def tile_side(text: str) -> int | str:
+    return text if text == 'auto' else positive_int(text)
+
+
+def whole_number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number')
+    return int(text)
+
+
+def band_list(text: str) -> tuple[int, ...]:
+    return tuple(positive_int(number.strip()) for number in text.split(','))
 
 
 def main() -> None:
@@ -50,7 +65,20 @@ def main() -> None:
     parser.add_argument(
         '--labels', action='store_true', help='label maps, too, coded as annotations: in ADE20K label + 1, 0 unlabelled'
     )
-    parser.add_argument('--batch-size', metavar='N', type=positive_int, default=1, help='images at once (1)')
+    parser.add_argument('--batch-size', metavar='N', type=positive_int, default=1, help='images or tiles at once (1)')
+    parser.add_argument(
+        '--tile', metavar='N|auto', type=tile_side, help='predict in tiles of N pixels, not resized; auto: if needed'
+    )
+    parser.add_argument('--overlap', metavar='N', type=whole_number, help='pixels that tiles share (an eighth)')
+    parser.add_argument('--blend', action='store_true', help="let tiles' weights fall towards their borders")
+    parser.add_argument('--bands', metavar='4,3,2', type=band_list, help='bands of a TIFF: red, green and blue')
+    parser.add_argument(
+        '--scale', metavar=('LOW', 'HIGH'), nargs=2, type=float, help='values of a TIFF that become 0 and 255'
+    )
+    parser.add_argument(
+        '--polygons', metavar='FILE', type=output_file, help="polygons of a TIFF's classes, .gpkg or .geojson"
+    )
+    parser.add_argument('--min-area', metavar='N', type=whole_number, default=0, help='smallest polygon, in pixels (0)')
     add_device_option(parser)
     parser.add_argument('--overwrite', action='store_true', help='replace what is in DIR already')
     parser.add_argument(
@@ -76,7 +104,7 @@ def main() -> None:
         parser.error('the following arguments are required: input')
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as Ctrl-C does: what is computed is written
-    output = Output(args.out, args.opacity, args.legend, args.labels)
+    output = Output(args.out, args.opacity, args.legend, args.labels, args.polygons, args.min_area)
     lines = ()
     if '-' in args.inputs and sys.stdin is not None:
         sys.stdin.reconfigure(errors='surrogateescape')  # names of files are bytes
@@ -84,7 +112,17 @@ def main() -> None:
     sources = find_sources(args.inputs, args.out, lines)
     with trusting_checkpoints(args.trust_checkpoint):
         segmentor = Segmentor(
-            args.config, args.checkpoint, args.device, args.classes, args.fast, args.precision, args.runtime
+            args.config,
+            args.checkpoint,
+            args.device,
+            args.classes,
+            args.fast,
+            args.precision,
+            args.runtime,
+            args.threads,
+            args.tile,
+            args.overlap,
+            args.blend,
         )
     columns = [
         BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -93,13 +131,13 @@ def main() -> None:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task('', total=count_images(sources), rate='')
 
-        def advance(images: int) -> None:
+        def advance(images: float) -> None:
             progress.advance(task, images)
             speed = progress.tasks[0].speed
             progress.update(task, rate=f'{speed:.2f} images/s' if speed else '')
 
-        failures = predict(segmentor, sources, output, args.batch_size, args.overwrite, advance)
-    print(f'{int(progress.tasks[0].completed)} images in {args.out}')
+        failures = predict(segmentor, sources, output, args.batch_size, args.overwrite, advance, args.bands, args.scale)
+    print(f'{round(progress.tasks[0].completed)} images in {args.out}')
     exit_if_any_failed(failures)
 
 

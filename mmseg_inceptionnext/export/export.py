@@ -122,12 +122,7 @@ def export(
             if calibration is None
             else f"calibrate=DIR goes with precision='int8', not with {precision!r}: drop it"
         )
-    if min(shape) < LARGEST_STRIDE:
-        raise UserError(f'shape={tuple(shape)}: no side may be shorter than {LARGEST_STRIDE}')
-    if shape[0] * shape[1] > MOST_PIXELS:
-        raise UserError(f'shape={tuple(shape)}: these are more than {MOST_PIXELS} pixels')
-    if calibration is None and verify + len(images) < 1:
-        raise UserError('there is no image to compare on: pass verify=1 or more, or images=FILE')
+    check_images(shape, len(calibration.images) if calibration else verify + len(images))
     device = find_device(device)
     cfg, model, found = load_trained(config, checkpoint, classes)
     prepare = resize_transforms(pipeline_for_arrays(leaf_datasets(cfg.test_dataloader.dataset)[0].pipeline))
@@ -150,9 +145,9 @@ def export(
     if calibration is None:
         pictures = [
             *_random_images(verify, contract.channels, shape, dynamic),
-            *(_real_image(path, contract) for path in images),
+            *(real_image(path, contract) for path in images),
         ]
-    with _quiet():
+    with quiet_exporters():
         program = _trace(module, contract, shape)
         with atomic_write(out) as path:
             if not is_onnx(out):
@@ -184,6 +179,16 @@ def _check_runtime(out: Path, runtime: str | None, precision: str) -> str | None
     return runtime
 
 
+def check_images(shape: tuple[int, int], number: int) -> None:
+    """Check the size of a file's images, and the number of those to compare on."""
+    if min(shape) < LARGEST_STRIDE:
+        raise UserError(f'shape={tuple(shape)}: no side may be shorter than {LARGEST_STRIDE}')
+    if shape[0] * shape[1] > MOST_PIXELS:
+        raise UserError(f'shape={tuple(shape)}: these are more than {MOST_PIXELS} pixels')
+    if number < 1:
+        raise UserError('there is no image to compare on: pass verify=1 or more, or images=FILE')
+
+
 def resize_transforms(pipeline: list[dict]) -> tuple[dict, ...]:
     """Return what a test pipeline for images in memory does between loading and packing.
 
@@ -212,7 +217,8 @@ def _network_size(shape: tuple[int, int], contract: Contract) -> tuple[int, int]
     return tuple(Compose(contract.pipeline())(dict(img=image))['inputs'].shape[1:])
 
 
-def _real_image(path: str | Path, contract: Contract) -> np.ndarray:
+def real_image(path: str | Path, contract: Contract) -> np.ndarray:
+    """Read an image to compare on, (1, C, H, W) uint8 or float32, resized for a file."""
     image = swap_rgb(read_image(path, contract.channels))
     pipeline = contract.pipeline()
     pixels = Compose(pipeline)(dict(img=image))['inputs']
@@ -227,7 +233,7 @@ def _real_image(path: str | Path, contract: Contract) -> np.ndarray:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporters() -> Iterator[None]:
     """Silence the exporters, which log a line for each of a thousand nodes."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -265,7 +271,11 @@ def _write_pt2(program: ExportedProgram, contract: Contract, path: Path,
 
 
 def to_onnx(program: ExportedProgram, output: str):
-    """Return a traced segmentor as an ONNX model, with the name of its output.
+    """Return a program as an ONNX model whose input is called 'image'.
+
+    Args:
+        program: What was traced.
+        output: Name of its output.
 
     Raises:
         UserError: torch is too old, or it needs an operator that is not run from a file.
@@ -308,12 +318,12 @@ def _write_onnx(model, contract: Contract, path: Path) -> Callable[[np.ndarray],
 def _write_int8(model_proto, contract: Contract, path: Path, model: EncoderDecoder, parameters: set[str],
                 calibration: Calibration) -> Verification:  # fmt: skip
     """Quantise an ONNX model, write it, and compare it with the segmentor."""
-    batches = (_real_image(image, contract).astype(contract.dtype) for image in calibration.images)
+    batches = (real_image(image, contract).astype(contract.dtype) for image in calibration.images)
     quantized = quantize(model_proto, parameters, batches)
     run = _write_onnx(quantized, contract, path)
 
     def both_labels(image: str) -> tuple[Tensor, Tensor]:
-        pixels = _real_image(image, contract)
+        pixels = real_image(image, contract)
         maps = mmseg_logits(model, pixels), torch.from_numpy(run(pixels))
         if contract.threshold is not None:
             maps = [x if x.ndim == 3 else two_logits(x, contract.threshold) for x in maps]

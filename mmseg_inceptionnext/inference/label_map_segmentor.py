@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 
 import torch
 from mmengine.structures import PixelData
@@ -14,6 +14,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
+from mmseg_inceptionnext.inference.tiles import Grid, Window, largest_class, mean_logits
 from mmseg_inceptionnext.models.build import heads_of
 
 
@@ -25,9 +26,10 @@ class LabelMapSegmentor(EncoderDecoder):
     image, keeps them in the sample, and takes the argmax. Here one class at a time is up-sampled, which stays in the
     cache, and only the largest logit and its class are kept. The label maps are equal, because the arithmetic of each
     pixel and class is the same. Where both sizes are equal, the second up-sampling changes nothing and is skipped.
+    Sliding windows are kept as the head left them, and averaged one class at a time as well.
 
-    mmseg's ``predict`` runs for ``test_cfg=dict(return_logits=True)``, which its SegTTAModel needs, sliding windows, a
-    single output channel with a threshold, and a head with its own ``predict``.
+    mmseg's ``predict`` runs for ``test_cfg=dict(return_logits=True)``, which its SegTTAModel needs, a single output
+    channel with a threshold, and a head with its own ``predict``.
     """
 
     def predict(self, inputs: Tensor, data_samples: list[SegDataSample] | None = None) -> list[SegDataSample]:
@@ -40,18 +42,36 @@ class LabelMapSegmentor(EncoderDecoder):
         Returns:
             A sample for each image, with ``pred_sem_seg`` (1, height, width), int64.
         """
-        if self.test_cfg.get('return_logits') or not predicts_by_argmax(self):
+        if self.test_cfg.get('return_logits') or self.out_channels == 1 or not _predicts_from_one_head(self):
             return super().predict(inputs, data_samples)
 
-        logits = self.decode_head.forward(self.extract_feat(inputs))
         if data_samples is None:
             meta = dict(ori_shape=inputs.shape[2:], img_shape=inputs.shape[2:])
             data_samples = [SegDataSample(metainfo=meta) for _ in inputs]
-        size = network_size(data_samples[0].metainfo)
-        for image_logits, sample in zip(logits, data_samples, strict=True):
-            label = label_map(image_logits, size, sample.metainfo, self.align_corners)
+        labels = self._slide if self.test_cfg.get('mode', 'whole') == 'slide' else self._whole
+        for label, sample in zip(labels(inputs, [s.metainfo for s in data_samples]), data_samples, strict=True):
             sample.set_data({'pred_sem_seg': PixelData(data=label)})
         return data_samples
+
+    def _whole(self, inputs: Tensor, metas: list[dict]) -> Iterator[Tensor]:
+        logits = self.decode_head.forward(self.extract_feat(inputs))
+        size = network_size(metas[0])
+        for image_logits, meta in zip(logits, metas, strict=True):
+            yield label_map(image_logits, size, meta, self.align_corners)
+
+    def _slide(self, inputs: Tensor, metas: list[dict]) -> Iterator[Tensor]:
+        size = tuple(inputs.shape[2:])
+        regions = list(Grid(size, tuple(self.test_cfg.crop_size), tuple(self.test_cfg.stride)).windows())
+        logits = [window_logits(self, inputs[..., r.top : r.bottom, r.left : r.right]) for r in regions]
+        for i, meta in enumerate(metas):
+            windows = [Window(r, x[i].contiguous(), self.align_corners) for r, x in zip(regions, logits, strict=True)]
+            mean, like = mean_logits(windows, size), windows[0].logits
+
+            def at_original(channel: int, mean=mean, meta=meta) -> Tensor:
+                return at_original_size(mean(channel)[None], size, meta, self.align_corners)[0]
+
+            shape = tuple(meta['ori_shape'][:2])
+            yield largest_class(len(like), at_original, shape, like)[None].long()
 
 
 def predicts_by_argmax(model: EncoderDecoder) -> bool:
@@ -61,7 +81,24 @@ def predicts_by_argmax(model: EncoderDecoder) -> bool:
 
 def predicts_from_logits(model: EncoderDecoder) -> bool:
     """Return whether a segmentor's prediction follows from the up-sampled logits of its last head, for whole images."""
-    return model.test_cfg.get('mode', 'whole') == 'whole' and all(
+    return model.test_cfg.get('mode', 'whole') == 'whole' and _up_samples_logits(model)
+
+
+def window_logits(model: EncoderDecoder, inputs: Tensor) -> Tensor:
+    """Return the logits of parts of images, (N, C, h, w): as the head left them, or of the size of ``inputs``."""
+    if _predicts_from_one_head(model):
+        logits = model(inputs, mode='tensor')
+    else:
+        logits = model.encode_decode(inputs, [dict(img_shape=inputs.shape[2:])] * len(inputs))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))  # of autocast
+
+
+def _predicts_from_one_head(model: EncoderDecoder) -> bool:
+    return len(heads_of(model)) == 1 and _up_samples_logits(model)
+
+
+def _up_samples_logits(model: EncoderDecoder) -> bool:
+    return all(
         type(head).predict in (BaseDecodeHead.predict, BaseCascadeDecodeHead.predict)
         and type(head).predict_by_feat is BaseDecodeHead.predict_by_feat
         for head in heads_of(model)
@@ -90,14 +127,11 @@ def label_map(logits: Tensor, input_size: tuple[int, int], meta: dict, align_cor
         (1, height, width), int64.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
-    size = tuple(meta['ori_shape'][:2])
-    largest = logits.new_full(size, -math.inf)
-    label = torch.zeros(size, dtype=torch.int16, device=logits.device)  # a quarter of the memory traffic of int64
-    for index in range(len(logits)):
-        logit = at_original_size(logits[index : index + 1], input_size, meta, align_corners)[0]
-        label.masked_fill_(logit > largest, index)
-        torch.maximum(logit, largest, out=largest)
-    return label[None].long()
+
+    def at_original(channel: int) -> Tensor:
+        return at_original_size(logits[channel : channel + 1], input_size, meta, align_corners)[0]
+
+    return largest_class(len(logits), at_original, tuple(meta['ori_shape'][:2]), logits)[None].long()
 
 
 def at_original_size(logits: Tensor, input_size: tuple[int, int], meta: dict, align_corners: bool) -> Tensor:

@@ -57,6 +57,10 @@ class _InBfloat16:
         with torch.autocast(inputs.device.type, torch.bfloat16):
             return super().extract_feat(inputs)
 
+    def encode_decode(self, inputs: Tensor, *args, **kwargs):
+        with torch.autocast(inputs.device.type, torch.bfloat16):
+            return super().encode_decode(inputs, *args, **kwargs)
+
     def inference(self, inputs: Tensor, *args, **kwargs):
         with torch.autocast(inputs.device.type, torch.bfloat16):
             return super().inference(inputs, *args, **kwargs)
@@ -87,17 +91,19 @@ class AutoPrecision(nn.Module):
         self.precision = 'auto'
         self._make, self._device, self._say = make, device, say
 
+    def choose(self, step: Callable[[nn.Module], object], images: int = 1) -> nn.Module:
+        """Return the chosen segmentor; the first call chooses it, by what a step with so many images takes."""
+        if self.precision == 'auto':
+            self.precision, self.chosen = faster(self._make, step, self._device, images, self._say)
+            del self._make  # and with it the model that the others were made of
+        return self.chosen
+
     def test_step(self, data: dict) -> list[BaseDataElement]:
         """Call the chosen segmentor's ``test_step``; the first call chooses it on these images."""
-        if self.precision == 'auto':
-            images = len(data['data_samples'])
-            if isinstance(data['data_samples'][0], list):  # views of each image, for a multi-scale test
-                images = len(data['data_samples'][0])
-            self.precision, self.chosen = faster(
-                self._make, lambda model: model.test_step(copy.deepcopy(data)), self._device, images, self._say
-            )
-            del self._make  # and with it the model that the others were made of
-        return self.chosen.test_step(data)
+        images = len(data['data_samples'])
+        if isinstance(data['data_samples'][0], list):  # views of each image, for a multi-scale test
+            images = len(data['data_samples'][0])
+        return self.choose(lambda model: model.test_step(copy.deepcopy(data)), images).test_step(data)
 
 
 def faster(

@@ -16,8 +16,10 @@ from PIL import Image
 
 from mmseg_inceptionnext.data.prefetch import map_ahead
 from mmseg_inceptionnext.drawing import add_legend, save_picture
-from mmseg_inceptionnext.errors import UserError, printable
+from mmseg_inceptionnext.errors import UnreadableFile, UserError, printable
 from mmseg_inceptionnext.files import atomic_write
+from mmseg_inceptionnext.images import is_tiff
+from mmseg_inceptionnext.inference.geotiff import POLYGON_SUFFIXES, segment_raster
 from mmseg_inceptionnext.inference.segmentor import Segmentation, Segmentor
 from mmseg_inceptionnext.inference.sources import Output, Source
 
@@ -32,27 +34,36 @@ def predict(
     output: Output,
     batch_size: int = 1,
     overwrite: bool = False,
-    on_progress: Callable[[int], None] = lambda images: None,
+    on_progress: Callable[[float], None] = lambda images: None,
+    bands: Sequence[int] | None = None,
+    scale: tuple[float, float] | None = None,
 ) -> dict[str, str]:
     """Segment files. Decoding, inference and writing overlap: each has threads of its own.
+
+    TIFFs are read and written as GeoTIFFs (:func:`~mmseg_inceptionnext.inference.geotiff.segment_raster`) if the
+    segmentor has a ``tile``, or with bands, a scale or polygons.
 
     Args:
         segmentor: The segmentor.
         sources: What :func:`~mmseg_inceptionnext.inference.sources.find_sources` returned.
         output: What to write, and where.
-        batch_size: Images in one forward pass, if they have the same size, as frames of a video do.
+        batch_size: Images in one forward pass, if they have the same size, as frames of a video do; or tiles.
         overwrite: Replace existing outputs.
         on_progress: Called with the number of images or frames that were written since the last call.
+        bands, scale: Arguments of ``segment_raster``, for all sources.
 
     Returns:
         Why files could not be read, ``{path: message}``; the others are segmented. The frames of a video up to its
         damage are kept.
 
     Raises:
-        UserError: An output exists, and ``overwrite`` is not set; or it is one of the sources, or cannot be written.
+        UserError: An output exists, and ``overwrite`` is not set; or it is one of the sources, or cannot be written. A
+            source is no TIFF although there are bands, a scale or polygons; or there are several for polygons.
     """
-    existing = output.existing(sources)
-    inputs = {os.path.realpath(source.path) for source in sources}
+    rasters = _rasters(sources, output, bands, scale, segmentor.tiles is not None)
+    sources = [source for source in sources if source not in set(rasters)]
+    existing = output.existing(sources, rasters)
+    inputs = {os.path.realpath(source.path) for source in (*sources, *rasters)}
     if own := [path for path in existing if os.path.realpath(path) in inputs]:
         raise UserError(f'{own[0]} would be written, but is one of the images to read: choose another out=DIR')
     if existing and not overwrite:
@@ -65,7 +76,37 @@ def predict(
     for source in sources:
         if source.is_video:
             failures |= _predict_video(segmentor, source, output, batch_size, on_progress)
+    for source in rasters:
+        try:
+            with _naming_unwritable_file():
+                segment_raster(
+                    segmentor, source.path, output.raster_of(source), bands, scale, output.polygons, output.min_area,
+                    batch_size, on_progress,
+                )  # fmt: skip
+        except UnreadableFile as error:
+            failures[str(source.path)] = str(error).removeprefix(f'{source.path}: ')
     return failures
+
+
+def _rasters(sources: Sequence[Source], output: Output, bands: Sequence[int] | None,
+             scale: tuple[float, float] | None, in_tiles: bool) -> list[Source]:  # fmt: skip
+    """Return the sources that are read and written as GeoTIFFs."""
+    polygons = output.polygons and str(output.polygons)
+    if output.min_area and not polygons:
+        raise UserError(f'min_area={output.min_area} is for polygons: pass polygons=FILE as well')
+    options = dict(bands=bands, scale=scale, polygons=polygons)
+    given = [f'{name}={value!r}' for name, value in options.items() if value is not None]
+    if not given and not in_tiles:
+        return []
+    rasters = [source for source in sources if is_tiff(source.path)]
+    others = [source.path for source in sources if source.path.exists() and not is_tiff(source.path)]
+    if given and others:
+        raise UserError(f'{given[0]} is for TIFF files, and {others[0]} is none: predict it without')
+    if polygons and not polygons.lower().endswith(POLYGON_SUFFIXES):
+        raise UserError(f'polygons={polygons!r} must end in {" or ".join(POLYGON_SUFFIXES)}')
+    if polygons and len(rasters) > 1:
+        raise UserError(f'polygons={polygons!r} is for one image, not for {len(rasters)}: predict them one by one')
+    return rasters
 
 
 def count_images(sources: Sequence[Source]) -> int:
@@ -79,7 +120,7 @@ def count_images(sources: Sequence[Source]) -> int:
 
 
 def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Output, batch_size: int,
-                    on_progress: Callable[[int], None]) -> dict[str, str]:  # fmt: skip
+                    on_progress: Callable[[float], None]) -> dict[str, str]:  # fmt: skip
     failures = {}
 
     def read(source: Source) -> dict | None:
@@ -93,7 +134,9 @@ def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Out
         prepared = map_ahead(readers, read, sources, 2 * batch_size)
         for batch in _batches((pair for pair in prepared if pair[1] is not None), batch_size):
             yield from zip(
-                (source for source, _ in batch), segmentor.predict([image for _, image in batch]), strict=True
+                (source for source, _ in batch),
+                segmentor.predict([image for _, image in batch], batch_size),
+                strict=True,
             )
 
     def write(result: tuple[Source, Segmentation]) -> None:
@@ -111,7 +154,7 @@ def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Out
 
 
 def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_size: int,
-                   on_progress: Callable[[int], None]) -> dict[str, str]:  # fmt: skip
+                   on_progress: Callable[[float], None]) -> dict[str, str]:  # fmt: skip
     with _name_for_opencv(source.path) as name:
         video = cv2.VideoCapture(name)
     overlay = _VideoFile(output.overlay_of(source), video.get(cv2.CAP_PROP_FPS) or 25)
@@ -129,7 +172,7 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
     def results() -> Iterator[Segmentation]:
         frames = (frame for _, frame in map_ahead(reader, read, count(), 2 * batch_size))
         for batch in _batches(takewhile(lambda frame: frame is not None, frames), batch_size):
-            yield from segmentor.predict(batch)
+            yield from segmentor.predict(batch, batch_size)
 
     def write(result: Segmentation) -> None:
         picture = result.overlay(output.opacity)
@@ -158,6 +201,8 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
 def _naming_unwritable_file() -> Iterator[None]:
     try:
         yield
+    except UserError:  # of what is read meanwhile
+        raise
     except OSError as error:
         raise UserError(f'cannot write {error.filename or "the output"}: {error.strerror or error}') from error
 

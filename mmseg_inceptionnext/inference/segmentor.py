@@ -18,6 +18,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.models.segmentors import EncoderDecoder
 from PIL import Image
+from torch import nn
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.config_files import find_config, read_config, require, without_scope
@@ -29,6 +30,7 @@ from mmseg_inceptionnext.images import as_rgb, read_image, swap_rgb
 from mmseg_inceptionnext.inference.onnx_model import OnnxModel, is_onnx
 from mmseg_inceptionnext.inference.optimize import made_for
 from mmseg_inceptionnext.inference.precision import AutoPrecision, check_precision
+from mmseg_inceptionnext.inference.tiling import TiledModel, tiling_of
 from mmseg_inceptionnext.labels import (
     Classes,
     check_num_classes,
@@ -39,6 +41,8 @@ from mmseg_inceptionnext.labels import (
 )
 from mmseg_inceptionnext.models.build import LARGEST_STRIDE, build_segmentor, channels_of
 from mmseg_inceptionnext.models.weights import load_segmentor
+
+_RACED_TILE = 512
 
 
 @dataclass(frozen=True)
@@ -126,15 +130,20 @@ class Segmentor:
             In bfloat16 labels may differ where two classes are nearly as likely. A .onnx file has its own.
         runtime: What runs an .onnx file: 'onnxruntime' or 'openvino'. Default: that for which it was exported.
         threads: Number of threads for an .onnx file. Default: PyTorch's, ``torch.set_num_threads``.
+        tile: Side in pixels of the tiles that images are predicted in, at their own resolution: without the resizing of
+            the test pipeline. 'auto': for images that would not fit into memory, in tiles that fit.
+        overlap: Pixels that neighbouring tiles share. Default: an eighth of the tile.
+        blend: Give the pixels of a tile weights that fall towards its border, instead of equal ones as mmseg does.
 
     Attributes:
         classes: Names, colours and coding of the classes.
         channels: Channels of the images that it takes.
         device: The device that the model runs on.
+        tiles: What predicts images in tiles; None without ``tile``.
 
     Raises:
         UserError: The config, the checkpoint or the .onnx file cannot be read, they do not fit, the checkpoint does
-            not say what its classes are, or there is no such device or precision.
+            not say what its classes are, there is no such device or precision, or tile or overlap cannot be used.
     """
 
     def __init__(
@@ -147,8 +156,12 @@ class Segmentor:
         precision: str = 'auto',
         runtime: str | None = None,
         threads: int | None = None,
+        tile: int | str | None = None,
+        overlap: int | None = None,
+        blend: bool = False,
     ):
         check_precision(precision)
+        tiling = tiling_of(tile, overlap, blend)
         if checkpoint is None:
             self._open_onnx(config, device, classes, precision, runtime, threads)
         else:
@@ -156,6 +169,9 @@ class Segmentor:
                 if value is not None:
                     raise UserError(f'{name}={value!r} is for .onnx files: leave it out, or export the segmentor')
             self._open_trained(config, checkpoint, device, classes, fast, precision)
+        self.tiles = tiling and TiledModel(
+            self._chosen(tiling.tile), tiling, self._pipeline, self.channels, self.device
+        )
         if isinstance(config, Config):
             config = copy.deepcopy(config)
         else:
@@ -164,14 +180,14 @@ class Segmentor:
             checkpoint = Path(checkpoint).expanduser().absolute()
         if classes not in (None, 'ade20k'):
             classes = Path(classes).absolute()
-        self._arguments = config, checkpoint, device, classes, fast, precision, runtime, threads
+        self._arguments = config, checkpoint, device, classes, fast, precision, runtime, threads, tile, overlap, blend
 
     def __reduce__(self) -> tuple:
         """Pickle and copy what it was made from; the files are read again where it is unpickled, by the rules there."""
-        *first, precision, runtime, threads = self._arguments
+        *first, precision, runtime, threads, tile, overlap, blend = self._arguments
         if isinstance(self._model, AutoPrecision):
             precision = self._model.precision  # a copy is spared the race
-        return type(self), (*first, precision, runtime, threads)
+        return type(self), (*first, precision, runtime, threads, tile, overlap, blend)
 
     def _open_trained(self, config: str | Path | Config, checkpoint: str | Path, device: str | torch.device | None,
                       classes: str | Path | None, fast: bool, precision: str) -> None:  # fmt: skip
@@ -182,6 +198,14 @@ class Segmentor:
         make = partial(made_for, model, fast=fast)
         self._model = AutoPrecision(make, self.device.type) if precision == 'auto' else make(precision)
         self._pipeline = Compose(pipeline_for_arrays(leaf_datasets(cfg.test_dataloader.dataset)[0].pipeline))
+
+    def _chosen(self, tile: int | str) -> nn.Module | OnnxModel:
+        """Return the model that predicts tiles, whose precision is chosen on one of them; larger ones behave alike."""
+        if not isinstance(self._model, AutoPrecision):
+            return self._model
+        side = _RACED_TILE if tile == 'auto' else min(tile, _RACED_TILE)
+        pixels = torch.rand(1, self.channels, side, side, device=self.device)
+        return self._model.choose(lambda model: model(pixels, mode='tensor'))
 
     def _open_onnx(self, path: str | Path | Config, device: str | torch.device | None, classes: str | Path | None,
                    precision: str, runtime: str | None, threads: int | None) -> None:  # fmt: skip
@@ -211,7 +235,7 @@ class Segmentor:
             images: A path, a PIL image, or an array (H, W, 3) of uint8 in RGB order, see
                 :func:`~mmseg_inceptionnext.images.read_image`; or a list of these.
             batch_size: Number of images of a list in one forward pass, where they have the same size after the test
-                pipeline. All of them are held in memory.
+                pipeline. All of them are held in memory. Of an image in tiles, the number of tiles.
 
         Returns:
             A :class:`Segmentation` at the size of the image, or a list of them in the same order.
@@ -220,13 +244,13 @@ class Segmentor:
             UserError: An image cannot be read.
         """
         if not isinstance(images, (list, tuple)):
-            return self.predict([self.prepare(self.read(images))])[0]
+            return self.predict([self.prepare(self.read(images))], batch_size)[0]
         if batch_size < 1:
             raise ValueError(f'batch_size={batch_size} must be at least 1')
         results = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
-            results += self.predict([self.prepare(self.read(image)) for image in batch])
+            results += self.predict([self.prepare(self.read(image)) for image in batch], batch_size)
         return results
 
     def read(self, source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
@@ -240,6 +264,8 @@ class Segmentor:
             UserError: A side is too short at the test scale.
         """
         height, width = image.shape[:2]
+        if self.tiles and (tile := self.tiles.tile_of((height, width))):
+            return dict(image=image, tile=tile)
         seen = (0, 0)
         with suppress(cv2.error, ZeroDivisionError):  # a side resized to 0 pixels
             packed = self._pipeline(dict(img=swap_rgb(image)))
@@ -251,12 +277,21 @@ class Segmentor:
         return dict(packed, image=image)
 
     @torch.inference_mode()
-    def predict(self, prepared: Sequence[dict]) -> list[Segmentation]:
-        """Segment images that :meth:`prepare` returned; those of the same size are one batch."""
+    def predict(self, prepared: Sequence[dict], batch_size: int = 1) -> list[Segmentation]:
+        """Segment images that :meth:`prepare` returned; those of the same size are one batch.
+
+        Args:
+            prepared: The images.
+            batch_size: Tiles in one forward pass, where an image is predicted in tiles.
+        """
         by_size: dict[tuple, list[int]] = {}
-        for index, item in enumerate(prepared):
-            by_size.setdefault(item['inputs'].shape, []).append(index)
         results: dict[int, Segmentation] = {}
+        for index, item in enumerate(prepared):
+            if 'tile' in item:
+                labels = self.tiles.labels(item['image'], item['tile'], batch_size)
+                results[index] = Segmentation(as_rgb(item['image']), labels, self.classes)
+            else:
+                by_size.setdefault(item['inputs'].shape, []).append(index)
         for indices in by_size.values():
             data = {key: [prepared[i][key] for i in indices] for key in ('inputs', 'data_samples')}
             for index, sample in zip(indices, self._model.test_step(data), strict=True):

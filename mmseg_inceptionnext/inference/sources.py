@@ -99,10 +99,10 @@ def _has_known_suffix(path: Path) -> bool:
 def _inside(name: Path) -> Path:
     """Return a relative path without suffix that leads neither out of the output folder nor into that of label maps.
 
-    No folder ends in .png or .mp4, so that none can collide with an output file.
+    No folder ends in .png, .mp4 or .tif, so that none can collide with an output file.
     """
     *folders, file = [part for part in name.parts if part not in ('..', name.anchor)] or ['unnamed']
-    folders = [f'{part}-2' if part.lower().endswith(('.png', '.mp4')) else part for part in folders]
+    folders = [f'{part}-2' if part.lower().endswith(('.png', '.mp4', '.tif')) else part for part in folders]
     if folders and folders[0].lower() in (_LABELS, _VIDEO_LABELS):
         folders[0] += '-2'
     return Path(*folders, Path(file).with_suffix(''))
@@ -117,12 +117,16 @@ class Output:
         opacity: Opacity of the overlays' colours, from 0 to 1.
         legend: Name the classes that are in the image below each overlay.
         labels: Also write label maps, in the coding of the data set's annotations.
+        polygons: File of the polygons of a TIFF's labels, ``.gpkg`` or ``.geojson``; None for none.
+        min_area: Polygons of fewer pixels are left out.
     """
 
     folder: Path
     opacity: float = 0.5
     legend: bool = False
     labels: bool = False
+    polygons: Path | None = None
+    min_area: int = 0
 
     def overlay_of(self, source: Source) -> Path:
         """Return the path of a source's overlay, a PNG or an MP4."""
@@ -134,8 +138,14 @@ class Output:
             return self.folder / _VIDEO_LABELS / source.name
         return self.folder / _LABELS / f'{source.name}.png'
 
-    def existing(self, sources: Sequence[Source]) -> list[Path]:
-        """List the outputs of some sources that exist already."""
+    def raster_of(self, source: Source) -> Path:
+        """Return the path of the label map of a TIFF that is written as GeoTIFF, without an overlay."""
+        return self.folder / _LABELS / f'{source.name}.tif'
+
+    def existing(self, sources: Sequence[Source], rasters: Sequence[Source] = ()) -> list[Path]:
+        """List the outputs that exist already: of pictures and videos, and of TIFFs that are written as GeoTIFF."""
         paths = [self.overlay_of(source) for source in sources]
         paths += [self.labels_of(source) for source in sources] if self.labels else []
+        paths += [self.raster_of(source) for source in rasters]
+        paths += [self.polygons] if self.polygons else []
         return [path for path in paths if path.exists()]

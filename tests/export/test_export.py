@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.datasets import ADE20KDataset
 from PIL import Image
-from support import ROOT, TINY_CONFIG, TINY_UPERNET, assert_user_error, segmentor_with_statistics
+from support import ROOT, TINY_CONFIG, TINY_UPERNET, assert_user_error, needs_onnx_exporter, segmentor_with_statistics
 
 from mmseg_inceptionnext import Segmentor, UserError
 from mmseg_inceptionnext.config import find_config
@@ -25,11 +25,6 @@ from mmseg_inceptionnext.inference.segmentor import load_trained
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
-
-# The only tests that `make test-upstream` leaves out.
-needs_onnx_exporter = pytest.mark.skipif(
-    torch.__version__.startswith('2.6.'), reason="torch 2.6's ONNX exporter cannot write these segmentors"
-)
 
 TINY = {'fpn': TINY_CONFIG, 'upernet': TINY_UPERNET}
 META = {key: ADE20KDataset.METAINFO[key] for key in ('classes', 'palette')} | dict(reduce_zero_label=True)

@@ -70,9 +70,8 @@ def test_of_equal_logits_the_first_class_wins():
 
 @pytest.mark.parametrize(
     'model', [dict(test_cfg=dict(mode='whole', return_logits=True)),
-              dict(test_cfg=dict(mode='slide', crop_size=(64, 64), stride=(32, 32))),
               {'decode_head.num_classes': 2, 'decode_head.out_channels': 1, 'decode_head.threshold': 0.5}],
-    ids=['asked for', 'sliding window', 'threshold'],
+    ids=['asked for', 'threshold'],
 )  # fmt: skip
 def test_logits_where_they_are_asked_for_or_needed(model):
     if 'decode_head.out_channels' in model:

@@ -232,9 +232,9 @@ def test_decoding_goes_on_while_the_network_computes(folder, segmentor, monkeypa
             second.set()
         return reading(image)
 
-    def slow_predict(batch):
+    def slow_predict(*arguments):
         assert second.wait(10)
-        return compute(batch)
+        return compute(*arguments)
 
     monkeypatch.setattr(segmentor, 'prepare', prepare)
     monkeypatch.setattr(segmentor, 'predict', slow_predict)
@@ -244,11 +244,11 @@ def test_decoding_goes_on_while_the_network_computes(folder, segmentor, monkeypa
 def test_what_is_computed_is_written_before_an_error_ends_the_run(folder, segmentor, monkeypatch):
     compute, calls = segmentor.predict, []
 
-    def interrupted(batch):
+    def interrupted(*arguments):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return compute(batch)
+        return compute(*arguments)
 
     monkeypatch.setattr(segmentor, 'predict', interrupted)
     with pytest.raises(KeyboardInterrupt):
