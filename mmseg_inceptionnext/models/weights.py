@@ -30,13 +30,13 @@ _CONTAINERS = ('state_dict_ema', 'state_dict', 'model')
 
 
 def load_pretrained(backbone: nn.Module, source: str) -> None:
-    """Load ImageNet weights into an InceptionNeXt backbone, all of them or none.
+    """Load ImageNet weights into a MetaNeXt backbone, all of them or none.
 
     Args:
         backbone: The backbone. If its stem has other than 3 input channels, the weights are adapted as timm does it:
             summed for 1, repeated and rescaled for more.
         source: Name in timm ('inception_next_tiny.sail_in1k'), https URL, or path of a .pth or .safetensors file from
-            timm, from the paper's authors, or of a whole segmentor trained here.
+            timm, from the paper's authors, or of a whole segmentor trained here; also of their and timm's ConvNeXts.
 
     Raises:
         UserError: The source cannot be found or read, would run code when unpickled, lacks a key of the backbone, or
@@ -44,7 +44,7 @@ def load_pretrained(backbone: nn.Module, source: str) -> None:
             out-norms, which ImageNet models do not have, may be missing.
     """
     path = _locate(str(source))
-    loaded = backbone_state_dict(read_checkpoint(path), path)
+    loaded = _from_convnext(backbone_state_dict(read_checkpoint(path), path))
     expected = backbone.state_dict()
 
     stem = loaded.get('stem.0.weight')
@@ -85,6 +85,30 @@ def backbone_state_dict(checkpoint: dict, path: Path) -> dict[str, Tensor]:
     if not state_dict:
         raise UserError(f'{path} holds no tensors: it has the keys {_some(checkpoint)}')
     return state_dict
+
+
+# Names of parameters in the released ConvNeXts and in timm's, and ours for the same.
+_CONVNEXT_NAMES = (
+    (r'^downsample_layers\.0\.', 'stem.'),
+    (r'^downsample_layers\.(\d+)\.', r'stages.\1.downsample.'),
+    (r'^stages\.(\d+)\.(\d+)\.', r'stages.\1.blocks.\2.'),
+    (r'\.(?:conv_dw|dwconv(?:\.conv)?)\.', '.token_mixer.dwconv.'),
+    (r'\.pwconv([12])\.', r'.mlp.fc\1.'),
+    (r'^norm\.', 'head.norm.'),
+)
+
+
+def _from_convnext(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the parameters of a ConvNeXt, whose linear layers are our 1×1 convolutions; others stay as they are."""
+    if not any(re.match(r'stages\.\d+\.(blocks\.)?\d+\.(conv_dw|dwconv)\.', key) for key in state_dict):
+        return state_dict
+    renamed = {}
+    for key, value in state_dict.items():
+        for theirs, ours in _CONVNEXT_NAMES:
+            key = re.sub(theirs, ours, key)
+        is_linear = re.search(r'\.mlp\.fc\d\.weight$', key) and value.ndim == 2
+        renamed[key] = value[:, :, None, None] if is_linear else value
+    return renamed
 
 
 def check_fits(model: nn.Module, checkpoint: dict, path: str | Path) -> None:
@@ -245,7 +269,9 @@ def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
 def _recognised(state_dict: Mapping[str, Tensor]) -> str:
     if name := recognise_arch(state_dict):
         return f' (this is inception_next_{name})'
-    if not any('.token_mixer.dwconv_hw.' in key for key in state_dict):
+    if any('.token_mixer.dwconv.' in key for key in state_dict):
+        return ' (this is a ConvNeXt)'
+    if not any('.token_mixer.dwconv_' in key for key in state_dict):
         return ' (this is no InceptionNeXt)'
     return ''
 

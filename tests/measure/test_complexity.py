@@ -7,7 +7,8 @@ from torch import nn
 
 from mmseg_inceptionnext import UserError
 from mmseg_inceptionnext.measure.complexity import count_gmacs, measure_complexity
-from mmseg_inceptionnext.measure.paper import TABLE_6, TABLE_7, paper_row
+from mmseg_inceptionnext.measure.paper import TABLE_1, TABLE_3, TABLE_5, TABLE_6, TABLE_7, TABLE_8, paper_row
+from mmseg_inceptionnext.measure.tables import complexity_table
 from mmseg_inceptionnext.models.inceptionnext import InceptionDWConv2d
 
 TABLES = TABLE_6 | TABLE_7
@@ -106,3 +107,26 @@ def test_the_low_resolution_head_is_counted_too():
     assert measured.gmacs_executed == pytest.approx(measured.gmacs + (up_sampled + pooled) / 1e9)
     plain = measure_complexity(ROOT / 'configs/baselines/upernet/swin_t.py')
     assert plain.gmacs_executed == plain.gmacs
+
+
+@pytest.mark.parametrize('row', {row.model: row for row in (*TABLE_1, *TABLE_3, *TABLE_5, *TABLE_8)}.values(), ids=str)
+def test_tables_1_3_5_and_8(row):
+    """Parameters and MACs at 224² of every row agree with the print within its last digit; DeiT-S is timm's."""
+    measured = measure_complexity(row.model)
+    assert measured.shape == (224, 224)
+    for value, printed in ((measured.params_m, row.params), (measured.gmacs, row.macs)):
+        assert abs(value - float(printed)) <= 10 ** -len(printed.partition('.')[2])
+
+
+def test_the_paper_stands_beside_an_imagenet_model():
+    table = complexity_table(
+        [measure_complexity('convnext_tiny_k5'), measure_complexity('deit_tiny_patch16_224')], True
+    )
+    *_, first, second = table.splitlines()
+    assert [cell.strip() for cell in first.split('|')[-5:-1]] == ['28.4', '+0.0', '4.4', '+0.0']
+    assert [cell.strip() for cell in second.split('|')[-5:-1]] == ['–'] * 4
+
+
+def test_a_name_that_is_neither_a_config_nor_a_model():
+    with pytest.raises(UserError, match='no config at .*convnext_tiny_k9'):
+        measure_complexity('convnext_tiny_k9')
