@@ -43,7 +43,9 @@ def main() -> None:
         help='fold and pack the models first, as tools/test.py does (off)',
     )
     parser.add_argument('--json', metavar='FILE', type=output_file, help='write the results')
-    parser.add_argument('--plot', metavar='FILE', type=output_file, help="draw speed against the paper's mIoU")
+    parser.add_argument(
+        '--plot', metavar='FILE', type=output_file, help="draw speed against the paper's mIoU or accuracy"
+    )
     args = parser.parse_args()
 
     setting = Setting(

@@ -161,5 +161,7 @@ def test_imagenet_models_are_timed_beside_the_papers_throughput(tmp_path):
     first, second = speed_table(rows).splitlines()[2:]
     assert [cell.strip() for cell in first.split('|')[-5:-1]] == ['9876', '1.00', '2661', '1.00']
     assert [cell.strip() for cell in second.split('|')[-5:-1]] == ['–'] * 4
+    plot_tradeoff(rows, tmp_path / 'plot.png')
+    assert (tmp_path / 'plot.png').stat().st_size > 10000
     with pytest.raises(UserError, match="inceptionnext_atto is an ImageNet classifier: time it by task='backbone'"):
         measure_speed(models, Setting())
