@@ -20,6 +20,7 @@ from mmseg_inceptionnext.command_line import (
     positive_int,
     run,
 )
+from mmseg_inceptionnext.inference.cam import predict_cams
 from mmseg_inceptionnext.inference.onnx_model import is_onnx
 from mmseg_inceptionnext.inference.predict import count_images, predict
 from mmseg_inceptionnext.inference.runtimes import RUNTIMES
@@ -79,6 +80,10 @@ def main() -> None:
         '--polygons', metavar='FILE', type=output_file, help="polygons of a TIFF's classes, .gpkg or .geojson"
     )
     parser.add_argument('--min-area', metavar='N', type=whole_number, default=0, help='smallest polygon, in pixels (0)')
+    parser.add_argument('--cam', metavar='CLASS', help='where the model looks for a class (Grad-CAM), not overlays')
+    parser.add_argument(
+        '--cam-layer', metavar='NAME', help='module whose feature map that is (the last stage of the backbone)'
+    )
     add_device_option(parser)
     parser.add_argument('--overwrite', action='store_true', help='replace what is in DIR already')
     parser.add_argument(
@@ -100,6 +105,12 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if is_onnx(args.config):  # tools/export.py's, which stands for config and checkpoint
         args.checkpoint, args.inputs = None, [args.checkpoint, *args.inputs]
+    if args.cam_layer is not None and args.cam is None:
+        parser.error('--cam-layer goes with --cam')
+    if args.cam is not None:
+        others = ('labels', 'legend', 'polygons', 'bands', 'scale', 'tile')
+        if given := [name for name in others if getattr(args, name)]:
+            parser.error(f'--{given[0]} does not go with --cam, which draws no label maps')
     if not args.inputs:
         parser.error('the following arguments are required: input')
 
@@ -136,7 +147,13 @@ def main() -> None:
             speed = progress.tasks[0].speed
             progress.update(task, rate=f'{speed:.2f} images/s' if speed else '')
 
-        failures = predict(segmentor, sources, output, args.batch_size, args.overwrite, advance, args.bands, args.scale)
+        if args.cam is None:
+            failures = predict(
+                segmentor, sources, output, args.batch_size, args.overwrite, advance, args.bands, args.scale
+            )
+        else:
+            with trusting_checkpoints(args.trust_checkpoint):
+                failures = predict_cams(segmentor, sources, output, args.cam, args.cam_layer, args.overwrite, advance)
     print(f'{round(progress.tasks[0].completed)} images in {args.out}')
     exit_if_any_failed(failures)
 
