@@ -58,7 +58,7 @@ def measure_complexity(config: str | Path, shape: tuple[int, int] | None = None)
     Raises:
         UserError: The config cannot be read, or the model cannot take the shape.
     """
-    is_classifier = is_imagenet_model(str(config))
+    is_classifier = is_imagenet_model(config)
     cfg = imagenet_config(str(config)) if is_classifier else read_config(config)
     with torch.device('meta') if is_classifier else nullcontext():  # drawing 90 M weights takes seconds
         model = build_segmentor(cfg).eval()

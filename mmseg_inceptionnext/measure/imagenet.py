@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import timm
 from mmengine.config import Config
 from mmengine.model import BaseModel
@@ -14,9 +16,11 @@ from mmseg_inceptionnext.models.archs import METANEXT_ARCHS
 from mmseg_inceptionnext.models.metanext import MetaNeXt
 
 
-def is_imagenet_model(name: str) -> bool:
+def is_imagenet_model(name: str | Path) -> bool:
     """Return whether a name is that of an arch of MetaNeXt, or of a model of timm."""
-    return name in METANEXT_ARCHS or timm.is_model(name)
+    name = str(name)
+    # timm takes what follows a dot for the tag of weights, so that the file resnet50.py would be a model.
+    return name in METANEXT_ARCHS or ('.' not in name and timm.is_model(name))
 
 
 def imagenet_config(name: str) -> Config:

@@ -178,7 +178,7 @@ def paper_row(config: str | Path) -> PaperRow | None:
     Raises:
         UserError: There is no such config.
     """
-    if is_imagenet_model(str(config)):
+    if is_imagenet_model(config):
         return None
     parts = find_config(config).absolute().with_suffix('').parts
     key = '/'.join(parts[len(parts) - parts[::-1].index('configs') :]) if 'configs' in parts else ''

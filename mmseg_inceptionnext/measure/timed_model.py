@@ -72,7 +72,7 @@ class TimedModel:
     """One model, set up and warmed up; ``steps`` maps the name of a figure to the function that is timed for it."""
 
     def __init__(self, config: str, setting: Setting, checkpoint: str | None):
-        self.cfg = imagenet_config(config) if is_imagenet_model(config) else read_config(config)
+        self.cfg = imagenet_config(str(config)) if is_imagenet_model(config) else read_config(config)
         self.setting, self.device = setting, get_device()
         override(self.cfg, data=setting.data)
         _set_precision(setting.precision)

@@ -111,18 +111,19 @@ class MetaNeXtArch:
 
 
 def resolve_metanext_arch(arch: str | Mapping) -> MetaNeXtArch:
-    """Return the MetaNeXt of a name in :data:`METANEXT_ARCHS` or in :data:`ARCHS`, or of a dict.
+    """Return the MetaNeXt of a name in :data:`METANEXT_ARCHS`, of one that InceptionNeXt takes, or of a dict.
 
     Raises:
         UserError: An unknown name, or a dict of an architecture that cannot be built.
     """
     if isinstance(arch, str):
-        found = METANEXT_ARCHS.get(arch) or METANEXT_ARCHS.get(f'inceptionnext_{arch}')
-        if found is None:
+        if arch in ARCHS or arch in [name[0] for name in ARCHS]:
+            arch = f'inceptionnext_{next(name for name in ARCHS if name.startswith(arch))}'
+        if arch not in METANEXT_ARCHS:
             close = difflib.get_close_matches(arch, METANEXT_ARCHS, n=1)
             meant = f'did you mean {close[0]!r}?' if close else f'choose from {", ".join(map(repr, METANEXT_ARCHS))}'
             raise UserError(f'unknown arch {arch!r}: {meant}, or give a dict')
-        arch = found
+        arch = METANEXT_ARCHS[arch]
     elif 'band_kernel_size' in arch:
         arch = _from_inceptionnext(resolve_arch(arch))
 
@@ -132,11 +133,13 @@ def resolve_metanext_arch(arch: str | Mapping) -> MetaNeXtArch:
         raise UserError(
             f'the arch dict {wrong}; it needs {list(_BODY)} and may have patch_size, token_mixer and norm_cfg'
         )
+    if not isinstance(size := arch.get('patch_size', 4), int) or size < 1:
+        raise UserError(f'patch_size={size} of an arch dict must be a whole number of pixels')
     numbers = [isinstance(arch[key], (int, float)) for key in _BODY]
     if all(numbers):
         depth = arch['depths']
-        if depth < 1:
-            raise UserError(f'depths={depth} of an isotropic arch must be at least one block')
+        if not isinstance(depth, int) or depth < 1:
+            raise UserError(f'depths={depth} of an isotropic arch must be a whole number of blocks, at least one')
         repeated = {'depths': (1,) * depth} | {key: (arch[key],) * depth for key in _BODY[1:]}
         return MetaNeXtArch(**{**arch, **repeated}, isotropic=True)
     if any(numbers) or not 0 < len(arch['depths']) == len(arch['channels']) == len(arch['mlp_ratios']):

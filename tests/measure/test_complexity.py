@@ -7,6 +7,7 @@ from torch import nn
 
 from mmseg_inceptionnext import UserError
 from mmseg_inceptionnext.measure.complexity import count_gmacs, measure_complexity
+from mmseg_inceptionnext.measure.imagenet import is_imagenet_model
 from mmseg_inceptionnext.measure.paper import TABLE_1, TABLE_3, TABLE_5, TABLE_6, TABLE_7, TABLE_8, paper_row
 from mmseg_inceptionnext.measure.tables import complexity_table
 from mmseg_inceptionnext.models.inceptionnext import InceptionDWConv2d
@@ -130,3 +131,9 @@ def test_the_paper_stands_beside_an_imagenet_model():
 def test_a_name_that_is_neither_a_config_nor_a_model():
     with pytest.raises(UserError, match='no config at .*convnext_tiny_k9'):
         measure_complexity('convnext_tiny_k9')
+
+
+def test_a_config_that_is_named_like_a_model_is_a_config(tmp_path):
+    for name in ('resnet50.py', 'convnext_tiny.py', tmp_path / 'resnet50.py'):
+        assert not is_imagenet_model(name)
+    assert is_imagenet_model('resnet50') and is_imagenet_model('convnext_tiny')

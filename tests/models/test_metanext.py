@@ -281,6 +281,11 @@ def test_another_mixer_takes_its_own_defaults():
     assert InceptionNeXt('atto', token_mixer=dict(type='DWConv2d')).stages[0].blocks[0].token_mixer.dwconv.groups == 40
 
 
+def test_the_names_of_inceptionnext_are_taken_too():
+    for name in ('a', 'atto', 'inceptionnext_atto'):
+        assert resolve_metanext_arch(name).channels == (40, 80, 160, 320)
+
+
 def test_a_mixer_of_ones_own():
     @TOKEN_MIXERS.register_module()
     class Pooling(nn.Module):
@@ -310,6 +315,8 @@ ISO = dict(depths=4, channels=64, mlp_ratios=4, patch_size=16)
         (dict(arch={**ISO, 'width': 3}), "unknown keys ['width']"),
         (dict(arch={**ISO, 'channels': (64, 64)}), 'one entry a stage, or be three numbers'),
         (dict(arch={**ISO, 'depths': 0}), 'depths=0'),
+        (dict(arch={**ISO, 'depths': 1.5}), 'depths=1.5'),
+        (dict(arch={**ISO, 'patch_size': 0}), 'patch_size=0'),
         (dict(token_mixer=dict(band_kernel=7)), 'token_mixer.band_kernel is no argument of InceptionDWConv2d, which'),
         (dict(token_mixer=dict(type='DWConv2d', band_kernel_size=7)), 'band_kernel_size is no argument of DWConv2d'),
         (dict(token_mixer=dict(type='Pooling')), "token_mixer.type='Pooling' is none of InceptionDWConv2d, DWConv2d"),
