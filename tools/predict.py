@@ -21,7 +21,7 @@ from mmseg_inceptionnext.command_line import (
     run,
 )
 from mmseg_inceptionnext.inference.onnx_model import is_onnx
-from mmseg_inceptionnext.inference.predict import count_images, predict
+from mmseg_inceptionnext.inference.predict import predict
 from mmseg_inceptionnext.inference.runtimes import RUNTIMES
 from mmseg_inceptionnext.inference.segmentor import Segmentor
 from mmseg_inceptionnext.inference.sources import Output, find_sources
@@ -82,6 +82,10 @@ def main() -> None:
     add_device_option(parser)
     parser.add_argument('--overwrite', action='store_true', help='replace what is in DIR already')
     parser.add_argument(
+        '--skip-existing', action='store_true', help='leave out what DIR/manifest.jsonl has: go on after a stop'
+    )
+    parser.add_argument('--shard', metavar='I/N', help='predict the I-th of N parts, for N runs that share DIR')
+    parser.add_argument(
         '--classes',
         metavar='ade20k|FILE',
         help='if the checkpoint has no names: FILE holds NAME or NAME #RRGGBB lines',
@@ -124,19 +128,22 @@ def main() -> None:
             args.overlap,
             args.blend,
         )
-    columns = [
-        BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn('{task.fields[rate]}'),
-    ]  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task('', total=count_images(sources), rate='')
+        columns = [
+            BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn('{task.fields[rate]}'),
+        ]  # fmt: skip
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task('', total=None, rate='')
 
-        def advance(images: float) -> None:
-            progress.advance(task, images)
-            speed = progress.tasks[0].speed
-            progress.update(task, rate=f'{speed:.2f} images/s' if speed else '')
+            def advance(images: float) -> None:
+                progress.advance(task, images)
+                speed = progress.tasks[0].speed
+                progress.update(task, rate=f'{speed:.2f} images/s' if speed else '')
 
-        failures = predict(segmentor, sources, output, args.batch_size, args.overwrite, advance, args.bands, args.scale)
+            failures = predict(
+                segmentor, sources, output, args.batch_size, args.overwrite, advance, args.bands, args.scale,
+                args.skip_existing, args.shard, lambda images: progress.update(task, total=images),
+            )  # fmt: skip
     print(f'{round(progress.tasks[0].completed)} images in {args.out}')
     exit_if_any_failed(failures)
 

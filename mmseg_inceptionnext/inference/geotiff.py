@@ -19,7 +19,7 @@ from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.errors import MissingPackage, UnreadableFile, UserError, first_sentence
 from mmseg_inceptionnext.files import atomic_write
 from mmseg_inceptionnext.inference.polygons import Polygon, Polygonizer
-from mmseg_inceptionnext.inference.segmentor import Segmentor
+from mmseg_inceptionnext.inference.segmentor import Segmentor, shares_of
 from mmseg_inceptionnext.inference.tiles import Region
 from mmseg_inceptionnext.inference.tiling import Strip
 from mmseg_inceptionnext.labels import Classes
@@ -51,7 +51,7 @@ def segment_raster(
     min_area: int = 0,
     batch_size: int = 1,
     on_progress: Callable[[float], None] = lambda share: None,
-) -> None:
+) -> dict[str, float]:
     """Segment a TIFF into a GeoTIFF of labels, and polygons. It is read and written in windows if it is in tiles.
 
     The labels are coded as the data set's annotations are, with the classes' colours as palette, and have the CRS and
@@ -69,6 +69,9 @@ def segment_raster(
         min_area: Polygons of fewer pixels are left out.
         batch_size: Tiles in one forward pass.
         on_progress: Called with the share of the image that was segmented since the last call.
+
+    Returns:
+        ``{name: share}`` of the pixels with data, of the classes that are in the image, largest first.
 
     Raises:
         UnreadableFile: The image is no TIFF, damaged, or its values are not known to be what the model takes.
@@ -88,10 +91,14 @@ def segment_raster(
         if polygons is not None:
             partial = files.enter_context(atomic_write(Path(polygons)))
             sinks.append(files.enter_context(_Polygons(partial, raster, segmentor.classes, min_area)))
+        pixels = np.zeros(len(segmentor.classes.names), np.int64)
         for strip in strips:
             for sink in sinks:
                 sink.add(strip)
+            known = strip.labels.ravel() if strip.valid is None else strip.labels[strip.valid]
+            pixels += np.bincount(known, minlength=len(pixels))
             on_progress(len(strip.labels) / raster.size[0])
+    return shares_of(pixels, segmentor.classes.names)
 
 
 def _open(path: Path, **options):

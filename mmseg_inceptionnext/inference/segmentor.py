@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from mmseg_inceptionnext.data.pipeline import leaf_datasets, pipeline_for_arrays
 from mmseg_inceptionnext.device import find_device
 from mmseg_inceptionnext.drawing import add_legend, draw_overlay
 from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.files import file_digest
 from mmseg_inceptionnext.images import as_rgb, read_image, swap_rgb
 from mmseg_inceptionnext.inference.onnx_model import OnnxModel, is_onnx
 from mmseg_inceptionnext.inference.optimize import made_for
@@ -82,8 +84,7 @@ class Segmentation:
 
     def areas(self) -> dict[str, float]:
         """Return ``{name: share}`` of the classes that are in the image, largest first. The shares sum to 1."""
-        pixels = np.bincount(self.labels.ravel(), minlength=len(self.class_names)) / self.labels.size
-        return {self.class_names[i]: float(pixels[i]) for i in np.argsort(-pixels, kind='stable') if pixels[i]}
+        return shares_of(np.bincount(self.labels.ravel(), minlength=len(self.class_names)), self.class_names)
 
     def overlay(self, opacity: float = 0.5, legend: bool = False) -> Image.Image:
         """Return the image with the colours of its classes blended in.
@@ -104,6 +105,12 @@ class Segmentation:
         The image is grey, of 8 bits, or of 16 where 8 cannot hold all ids; or in colours, where the annotations are.
         """
         return Image.fromarray(self.classes.encode(self.labels))
+
+
+def shares_of(pixels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Return ``{name: share}`` of the classes that have pixels, largest first, given the number of pixels of each."""
+    total = int(pixels.sum())
+    return {names[i]: int(pixels[i]) / total for i in np.argsort(-pixels, kind='stable') if pixels[i]}
 
 
 class Segmentor:
@@ -189,6 +196,43 @@ class Segmentor:
             precision = self._model.precision  # a copy is spared the race
         return type(self), (*first, precision, runtime, threads, tile, overlap, blend)
 
+    def settled(self, like: Mapping | None = None) -> Segmentor:
+        """Return this segmentor once nothing that the moment decides can change its predictions, or such a copy.
+
+        That is the precision, for which a race on noise is held if there was none, and the memory that tile='auto'
+        goes by.
+
+        Args:
+            like: :meth:`identity` of another, whose precision and memory it takes instead.
+        """
+        if like and isinstance(self._model, AutoPrecision) and like['precision'] != self._model.precision:
+            *first, _, runtime, threads, tile, overlap, blend = self._arguments
+            made = type(self)(*first, like['precision'], runtime, threads, tile, overlap, blend)
+            return made.settled(like)
+        self._chosen('auto')
+        if self.tiles:
+            self.tiles.fix_memory(like and like['memory'])
+        return self
+
+    def identity(self) -> dict[str, object]:
+        """Return what decides the predictions of a segmentor that is settled, as plain values by name.
+
+        Files are named by the SHA-256 of their content, a config by that of its model and its test pipeline.
+        """
+        config, checkpoint, _, _, fast, _, runtime, _, tile, overlap, blend = self._arguments
+        names = [self.classes.names, self.classes.palette, self.classes.codes]
+        facts = dict(classes=hashlib.sha256(repr(names).encode()).hexdigest())
+        if checkpoint is None:
+            contract = self._model.contract
+            facts |= dict(file=file_digest(config), precision=contract.precision, runtime=runtime or contract.runtime)
+        else:
+            precision = self._model.precision if isinstance(self._model, AutoPrecision) else self._precision
+            facts |= dict(
+                config=self._config_digest, checkpoint=file_digest(checkpoint), precision=precision, fast=fast
+            )
+        memory = self.tiles and self.tiles.memory
+        return facts | dict(tile=tile, overlap=overlap, blend=blend, memory=memory)
+
     def _open_trained(self, config: str | Path | Config, checkpoint: str | Path, device: str | torch.device | None,
                       classes: str | Path | None, fast: bool, precision: str) -> None:  # fmt: skip
         self.device = find_device(device)
@@ -197,7 +241,9 @@ class Segmentor:
         model = model.to(self.device)
         make = partial(made_for, model, fast=fast)
         self._model = AutoPrecision(make, self.device.type) if precision == 'auto' else make(precision)
-        self._pipeline = Compose(pipeline_for_arrays(leaf_datasets(cfg.test_dataloader.dataset)[0].pipeline))
+        pipeline = pipeline_for_arrays(leaf_datasets(cfg.test_dataloader.dataset)[0].pipeline)
+        self._pipeline, self._precision = Compose(pipeline), precision
+        self._config_digest = hashlib.sha256(f'{cfg.model} {pipeline}'.encode()).hexdigest()
 
     def _chosen(self, tile: int | str) -> nn.Module | OnnxModel:
         """Return the model that predicts tiles, whose precision is chosen on one of them; larger ones behave alike."""

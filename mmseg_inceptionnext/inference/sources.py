@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, count, takewhile
 from pathlib import Path
 
@@ -71,6 +73,31 @@ def find_sources(inputs: Sequence[str], out: Path, lines: Iterable[str] = ()) ->
     if not sources:
         raise UserError('there is nothing to predict: name images, folders, globs or videos')
     return sources
+
+
+def shard_of(sources: Sequence[Source], shard: str) -> list[Source]:
+    """Return the sources that one of several runs predicts, which share the work.
+
+    A file's shard follows from its path below the folder or the start of the glob that it was found in, or from its
+    name: files that are added move no other, and it does not matter where that folder is mounted.
+
+    Args:
+        sources: All of them.
+        shard: ``i/n``: the i-th of n, counted from 1.
+
+    Raises:
+        UserError: It is something else, or there is no such shard.
+    """
+    match = re.fullmatch(r'(\d+)/(\d+)', shard)
+    number, shards = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= shards:
+        raise UserError(f'shard={shard!r} must be i/n, the i-th of n shards, counted from 1, such as 1/8')
+
+    def hashed(source: Source) -> int:
+        below = '/'.join(source.path.parts[-len(source.name.parts) :])
+        return int.from_bytes(hashlib.sha256(os.fsencode(below)).digest()[:8], 'big')
+
+    return [source for source in sources if hashed(source) % shards == number - 1]
 
 
 def _expand(text: str, out: Path) -> list[tuple[Path, Path]]:
@@ -142,10 +169,13 @@ class Output:
         """Return the path of the label map of a TIFF that is written as GeoTIFF, without an overlay."""
         return self.folder / _LABELS / f'{source.name}.tif'
 
-    def existing(self, sources: Sequence[Source], rasters: Sequence[Source] = ()) -> list[Path]:
-        """List the outputs that exist already: of pictures and videos, and of TIFFs that are written as GeoTIFF."""
-        paths = [self.overlay_of(source) for source in sources]
-        paths += [self.labels_of(source) for source in sources] if self.labels else []
-        paths += [self.raster_of(source) for source in rasters]
-        paths += [self.polygons] if self.polygons else []
-        return [path for path in paths if path.exists()]
+    def paths_of(self, source: Source, is_raster: bool = False) -> list[Path]:
+        """List all outputs of a source: a picture, a video, or a TIFF that is written as GeoTIFF."""
+        if is_raster:
+            return [self.raster_of(source), *([self.polygons] if self.polygons else [])]
+        return [self.overlay_of(source), *([self.labels_of(source)] if self.labels else [])]
+
+    def identity(self) -> dict[str, object]:
+        """Return what decides how the outputs look, as plain values by name."""
+        facts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != 'folder'}
+        return facts | dict(polygons=self.polygons and str(self.polygons))

@@ -109,6 +109,9 @@ class TiledModel:
         channels: Channels of the images.
         device: The device that the model runs on.
 
+    Attributes:
+        memory: Bytes that tile='auto' goes by; None for those that there are at each image.
+
     Raises:
         UserError: The model does not give logits of tiles, or the test pipeline does more than load, resize and pack.
     """
@@ -128,10 +131,16 @@ class TiledModel:
         if others := [kind for kind in kinds if kind not in ('LoadImageFromNDArray', *_RESIZES, 'PackSegInputs')]:
             raise UserError(f'{name} leaves out {others[0]} of the test pipeline: remove it, or predict without tiles')
         self._resizes = [each for each, kind in zip(pipeline.transforms, kinds, strict=True) if kind in _RESIZES]
+        self.memory = None
         if tiling.tile == 'auto':
             self._bytes_per_pixel = bytes_per_pixel(model, torch.zeros(1, channels, 256, 256, device=device))
         elif self._resizes:
             say(f"{name}: images are not resized as in the config's test pipeline: tiles have their own resolution")
+
+    def fix_memory(self, memory: int | None = None) -> None:
+        """Let tile='auto' go by so many bytes from now on, by default those that there are now."""
+        if self._tiling.tile == 'auto':
+            self.memory = memory or self.memory or available_memory(self._device)
 
     def tile_of(self, size: tuple[int, int]) -> int | None:
         """Return the side of the tiles that an image is predicted in; None for as a whole, in the test pipeline.
@@ -146,7 +155,9 @@ class TiledModel:
         if tile == 'auto':
             seen = _size_after(self._resizes, size)
             whole = _bytes_of_whole(size, seen, self._channels, self._bytes_per_pixel)
-            tile = self._tiling.choose(size, whole, self._bytes_per_pixel, available_memory(self._device))
+            tile = self._tiling.choose(
+                size, whole, self._bytes_per_pixel, self.memory or available_memory(self._device)
+            )
         if tile is not None and min(size) < LARGEST_STRIDE:
             raise UserError(f'{size[1]}×{size[0]} pixels are too thin: no side may be shorter than {LARGEST_STRIDE}')
         return tile
