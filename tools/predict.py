@@ -65,6 +65,16 @@ def main() -> None:
     parser.add_argument(
         '--labels', action='store_true', help='label maps, too, coded as annotations: in ADE20K label + 1, 0 unlabelled'
     )
+    parser.add_argument(
+        '--confidence', action='store_true', help="the labels' probabilities, too, 255 for 1; of a GeoTIFF a band"
+    )
+    parser.add_argument(
+        '--min-confidence',
+        metavar='P',
+        type=share,
+        default=0,
+        help='hatch labels below, and code them as 255 or nodata',
+    )
     parser.add_argument('--batch-size', metavar='N', type=positive_int, default=1, help='images or tiles at once (1)')
     parser.add_argument(
         '--tile', metavar='N|auto', type=tile_side, help='predict in tiles of N pixels, not resized; auto: if needed'
@@ -108,7 +118,8 @@ def main() -> None:
         parser.error('the following arguments are required: input')
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as Ctrl-C does: what is computed is written
-    output = Output(args.out, args.opacity, args.legend, args.labels, args.polygons, args.min_area)
+    output = Output(args.out, args.opacity, args.legend, args.labels, args.polygons, args.min_area,
+                    args.confidence, args.min_confidence)  # fmt: skip
     lines = ()
     if '-' in args.inputs and sys.stdin is not None:
         sys.stdin.reconfigure(errors='surrogateescape')  # names of files are bytes

@@ -19,7 +19,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 
 from mmseg_inceptionnext.errors import UserError, first_sentence
-from mmseg_inceptionnext.inference.label_map_segmentor import label_map
+from mmseg_inceptionnext.inference.label_map_segmentor import class_logits, label_map
 from mmseg_inceptionnext.inference.runtimes import RUNTIMES, import_onnx
 from mmseg_inceptionnext.labels import Classes, classes_of_meta
 
@@ -327,7 +327,8 @@ class OnnxModel:
             data: ``inputs``, a list of (3, H, W) uint8, BGR, of one size; and ``data_samples``, one for each.
 
         Returns:
-            The samples, with ``pred_sem_seg`` (1, height, width), int64.
+            The samples, with ``pred_sem_seg`` (1, height, width), int64, and of a file that returns logits with
+            ``class_logits``.
 
         Raises:
             UserError: As :meth:`run`; or logits are not finite, or a label is that of no class.
@@ -343,9 +344,13 @@ class OnnxModel:
                 size = sample.metainfo['ori_shape'][:2]
                 label = F.interpolate(result[None, None].float(), size, mode='nearest-exact')[0].long()
             else:
+                bound = 0
                 if self.contract.threshold is not None:
                     (result,) = two_logits(result[None], self.contract.threshold)
-                label = label_map(result, tuple(images.shape[2:]), sample.metainfo, self.contract.align_corners)
+                    bound = torch.stack([result[0], torch.zeros_like(result[0])])  # of the logits 0 and x
+                size, align_corners = tuple(images.shape[2:]), self.contract.align_corners
+                label = label_map(result, size, sample.metainfo, align_corners)
+                sample.set_data({'class_logits': class_logits(result - bound, size, sample.metainfo, align_corners)})
             sample.set_data({'pred_sem_seg': PixelData(data=label)})
         return data['data_samples']
 

@@ -24,7 +24,7 @@ from mmseg_inceptionnext.files import atomic_write
 from mmseg_inceptionnext.images import is_tiff
 from mmseg_inceptionnext.inference.geotiff import POLYGON_SUFFIXES, segment_raster
 from mmseg_inceptionnext.inference.manifest import Manifest
-from mmseg_inceptionnext.inference.segmentor import Segmentation, Segmentor
+from mmseg_inceptionnext.inference.segmentor import Segmentation, Segmentor, check_unsure_code
 from mmseg_inceptionnext.inference.sources import Output, Source, shard_of
 
 _READERS = 2
@@ -82,6 +82,10 @@ def predict(
     rasters = _rasters(sources, output, bands, scale, segmentor.tiles is not None)
     if segmentor.channels != 3 and (videos := [source.path for source in sources if source.is_video]):
         raise UserError(f'{videos[0]} has 3 channels, but the model takes {segmentor.channels}')
+    if not 0 <= output.min_confidence <= 1:
+        raise UserError(f'min_confidence={output.min_confidence} must be from 0 to 1')
+    if output.min_confidence and output.labels:
+        check_unsure_code(segmentor.classes)
     is_raster = set(rasters).__contains__
     everything = sources
     if shard:
@@ -130,6 +134,12 @@ def _begin(manifest: Manifest, segmentor: Segmentor, facts: dict) -> Segmentor:
     segmentor = segmentor.settled(manifest.run)
     manifest.check(segmentor.identity() | facts)
     return segmentor
+
+
+def _asked(output: Output) -> tuple[bool, bool]:
+    """Return ``keep_logits`` and ``confidence`` of ``Segmentor.predict`` for an output."""
+    is_asked = output.confidence or output.min_confidence > 0
+    return is_asked, is_asked
 
 
 class _Log:
@@ -187,6 +197,8 @@ def count_images(sources: Sequence[Source]) -> int:
 
 def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Output, batch_size: int,
                     on_progress: Callable[[float], None], log: _Log) -> None:  # fmt: skip
+    asked = _asked(output)
+
     def read(source: Source) -> tuple[dict, dict, float] | None:
         start = time.perf_counter()
         facts = log.facts(source)
@@ -202,7 +214,7 @@ def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Out
         prepared = map_ahead(readers, read, sources, 2 * batch_size)
         for batch in _batches((pair for pair in prepared if pair[1] is not None), batch_size):
             start = time.perf_counter()
-            found = segmentor.predict([image for _, (image, *_) in batch], batch_size)
+            found = segmentor.predict([image for _, (image, *_) in batch], batch_size, *asked)
             share = (time.perf_counter() - start) / len(batch)
             for (source, (_, facts, seconds)), result in zip(batch, found, strict=True):
                 yield source, result, facts, seconds + share
@@ -211,10 +223,15 @@ def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Out
         source, segmentation, facts, seconds = item
         start = time.perf_counter()
         with _naming_unwritable_file():
-            save_picture(segmentation.overlay(output.opacity, output.legend), output.overlay_of(source))
+            overlay = segmentation.overlay(output.opacity, output.legend, output.min_confidence)
+            save_picture(overlay, output.overlay_of(source))
             if output.labels:
-                save_picture(segmentation.label_image(), output.labels_of(source))
-        log.done(facts, seconds + time.perf_counter() - start, segmentation.areas() if facts else {})
+                save_picture(segmentation.label_image(output.min_confidence), output.labels_of(source))
+            if output.confidence:
+                save_picture(segmentation.confidence_image(), output.confidence_of(source))
+        log.done(
+            facts, seconds + time.perf_counter() - start, segmentation.areas(output.min_confidence) if facts else {}
+        )
         on_progress(1)
 
     with ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(1) as writer:
@@ -231,7 +248,7 @@ def _predict_raster(segmentor: Segmentor, source: Source, output: Output, bands:
         with _naming_unwritable_file():
             areas = segment_raster(
                 segmentor, source.path, output.raster_of(source), bands, scale, output.polygons, output.min_area,
-                batch_size, on_progress,
+                batch_size, on_progress, output.confidence, output.min_confidence,
             )  # fmt: skip
     except UnreadableFile as error:
         log.failed(source, facts, time.perf_counter() - start, str(error).removeprefix(f'{source.path}: '))
@@ -247,7 +264,7 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
         video = cv2.VideoCapture(name)
     overlay = _VideoFile(output.overlay_of(source), video.get(cv2.CAP_PROP_FPS) or 25)
     reason = 'not a video, or of a format that OpenCV does not read' if source.path.is_file() else 'no such file'
-    areas = Counter()
+    areas, asked = Counter(), _asked(output)
 
     def read(_: int) -> dict | None:
         nonlocal reason
@@ -261,10 +278,10 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
     def results() -> Iterator[Segmentation]:
         frames = (frame for _, frame in map_ahead(reader, read, count(), 2 * batch_size))
         for batch in _batches(takewhile(lambda frame: frame is not None, frames), batch_size):
-            yield from segmentor.predict(batch, batch_size)
+            yield from segmentor.predict(batch, batch_size, *asked)
 
     def write(result: Segmentation) -> None:
-        picture = result.overlay(output.opacity)
+        picture = result.overlay(output.opacity, min_confidence=output.min_confidence)
         if output.legend:
             present = [result.class_names.index(name) for name in result.areas()]
             picture = add_legend(
@@ -273,13 +290,16 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
         with _naming_unwritable_file():
             overlay.add(picture)
             if output.labels:
-                save_picture(result.label_image(), output.labels_of(source) / f'{overlay.frames:06d}.png')
+                labels = result.label_image(output.min_confidence)
+                save_picture(labels, output.labels_of(source) / f'{overlay.frames:06d}.png')
+            if output.confidence:
+                save_picture(result.confidence_image(), output.confidence_of(source) / f'{overlay.frames:06d}.png')
         if facts:
-            areas.update(result.areas())
+            areas.update(result.areas(output.min_confidence))
         on_progress(1)
 
-    if output.labels:
-        for stale in output.labels_of(source).glob('[0-9]*.png'):  # left by a longer video
+    for folder in output.paths_of(source)[1:]:
+        for stale in folder.glob('[0-9]*.png'):  # left by a longer video
             stale.unlink()
     # One thread reads and one writes, so that the frames keep their order.
     with closing(overlay), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:

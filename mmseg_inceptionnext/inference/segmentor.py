@@ -7,8 +7,8 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 
 import cv2
@@ -18,6 +18,7 @@ from mmcv.transforms import Compose
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.models.segmentors import EncoderDecoder
+from mmseg.structures import SegDataSample
 from PIL import Image
 from torch import nn
 
@@ -25,13 +26,15 @@ from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.config_files import find_config, read_config, require, without_scope
 from mmseg_inceptionnext.data.pipeline import leaf_datasets, pipeline_for_arrays
 from mmseg_inceptionnext.device import find_device
-from mmseg_inceptionnext.drawing import add_legend, draw_overlay
+from mmseg_inceptionnext.drawing import add_legend, draw_overlay, hatch
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.files import file_digest
 from mmseg_inceptionnext.images import as_rgb, read_image, swap_rgb
+from mmseg_inceptionnext.inference.confidence import ClassLogits, Probabilities, with_threshold
 from mmseg_inceptionnext.inference.onnx_model import OnnxModel, is_onnx
 from mmseg_inceptionnext.inference.optimize import made_for
 from mmseg_inceptionnext.inference.precision import AutoPrecision, check_precision
+from mmseg_inceptionnext.inference.tiles import Region
 from mmseg_inceptionnext.inference.tiling import TiledModel, tiling_of
 from mmseg_inceptionnext.labels import (
     Classes,
@@ -45,6 +48,7 @@ from mmseg_inceptionnext.models.build import LARGEST_STRIDE, build_segmentor, ch
 from mmseg_inceptionnext.models.weights import load_segmentor
 
 _RACED_TILE = 512
+UNSURE = 255  # in label maps, of pixels below min_confidence
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,15 @@ class Segmentation:
     image: np.ndarray
     labels: np.ndarray
     classes: Classes
+    _probabilities: Probabilities | str = field(default='it was made without logits', repr=False, compare=False)
+    _at_once: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict:
+        """Leave out the logits, and what was computed of them stays."""
+        return self.__dict__ | dict(_probabilities='it was copied or pickled before it was asked')
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
 
     def __repr__(self) -> str:
         height, width = self.labels.shape
@@ -72,6 +85,46 @@ class Segmentation:
         """Names of all classes of the model, whether they are in the image or not."""
         return self.classes.names
 
+    @property
+    def confidence(self) -> np.ndarray:
+        """(H, W) float32: the probability of each pixel's label.
+
+        Of an image in tiles, the network runs again when this is asked, unless :meth:`Segmentor.predict` was told.
+
+        Raises:
+            UserError: The result has no logits: a file returns labels alone, it was pickled, or told not to keep them.
+        """
+        return self._at_once if self._at_once is not None else self._confidence_and_entropy[0]
+
+    @property
+    def entropy(self) -> np.ndarray:
+        """(H, W) float32: the entropy of all classes' probabilities, from 0 to the logarithm of their number, in nats.
+
+        Raises:
+            UserError: As for :attr:`confidence`.
+        """
+        return self._confidence_and_entropy[1]
+
+    def top(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the k most likely classes of each pixel, the most likely first, and their probabilities.
+
+        Returns:
+            (k, H, W) int16 and (k, H, W) float32.
+
+        Raises:
+            UserError: As for :attr:`confidence`; or there are not so many classes.
+        """
+        return self._kept().top(k, self.labels.shape)
+
+    @cached_property
+    def _confidence_and_entropy(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._kept().confidence_and_entropy(self.labels)
+
+    def _kept(self) -> Probabilities:
+        if isinstance(self._probabilities, str):
+            raise UserError(f'this result does not know how sure its labels are: {self._probabilities}')
+        return self._probabilities
+
     def area(self, name: str) -> float:
         """Return the share of the image's pixels that have a class, from 0 to 1.
 
@@ -82,29 +135,70 @@ class Segmentation:
             raise KeyError(f'no class {name!r}: the model has {", ".join(self.class_names)}')
         return float(np.mean(self.labels == self.class_names.index(name)))
 
-    def areas(self) -> dict[str, float]:
-        """Return ``{name: share}`` of the classes that are in the image, largest first. The shares sum to 1."""
-        return shares_of(np.bincount(self.labels.ravel(), minlength=len(self.class_names)), self.class_names)
+    def areas(self, min_confidence: float = 0) -> dict[str, float]:
+        """Return ``{name: share}`` of the classes that are in the image, largest first. The shares sum to 1.
 
-    def overlay(self, opacity: float = 0.5, legend: bool = False) -> Image.Image:
+        Args:
+            min_confidence: Leave out pixels whose label is less probable.
+        """
+        labels = self.labels[self.confidence >= min_confidence] if min_confidence else self.labels.ravel()
+        return shares_of(np.bincount(labels, minlength=len(self.class_names)), self.class_names)
+
+    def overlay(self, opacity: float = 0.5, legend: bool = False, min_confidence: float = 0) -> Image.Image:
         """Return the image with the colours of its classes blended in.
 
         Args:
             opacity: Opacity of the colours, from 0 to 1.
             legend: Add a legend of the image's classes below it, largest first.
+            min_confidence: Hatch the pixels whose label is less probable.
         """
-        picture = Image.fromarray(draw_overlay(self.image, self.labels, self.classes.palette, opacity))
+        pixels = draw_overlay(self.image, self.labels, self.classes.palette, opacity)
+        if min_confidence:
+            pixels = hatch(pixels, self.confidence < min_confidence)
+        picture = Image.fromarray(pixels)
         if not legend:
             return picture
         present = [self.class_names.index(name) for name in self.areas()]
         return add_legend(picture, present, self.class_names, self.classes.palette)
 
-    def label_image(self) -> Image.Image:
+    def label_image(self, min_confidence: float = 0) -> Image.Image:
         """Return the label map in the coding of the data set's annotations: for ADE20K label + 1, 0 being unlabelled.
 
         The image is grey, of 8 bits, or of 16 where 8 cannot hold all ids; or in colours, where the annotations are.
+
+        Args:
+            min_confidence: Pixels whose label is less probable are unsure: 255, or white.
+
+        Raises:
+            UserError: A class has the code of unsure pixels.
         """
-        return Image.fromarray(self.classes.encode(self.labels))
+        values = self.classes.encode(self.labels)
+        if min_confidence:
+            check_unsure_code(self.classes)
+            values[self.confidence < min_confidence] = UNSURE
+        return Image.fromarray(values)
+
+    def confidence_image(self) -> Image.Image:
+        """Return the confidence as a grey image, 255 for certain."""
+        return Image.fromarray(confidence_bytes(self.confidence))
+
+
+def check_unsure_code(classes: Classes) -> None:
+    """Check that no class is coded as unsure pixels are.
+
+    Raises:
+        UserError: One is.
+    """
+    taken = (UNSURE, (UNSURE, UNSURE, UNSURE))
+    if used := [name for name, code in zip(classes.names, classes.codes, strict=True) if code in taken]:
+        raise UserError(
+            f'unsure pixels would be {UNSURE}, which is the code of {used[0]!r}: leave min_confidence=P out'
+        )
+
+
+def confidence_bytes(confidence: np.ndarray) -> np.ndarray:
+    """Return probabilities from 0 to 1 as uint8, 255 for 1."""
+    return np.rint(255 * confidence).astype(np.uint8)
 
 
 def shares_of(pixels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
@@ -147,6 +241,7 @@ class Segmentor:
         channels: Channels of the images that it takes.
         device: The device that the model runs on.
         tiles: What predicts images in tiles; None without ``tile``.
+        temperature: What logits are divided by for probabilities; labels are the same.
 
     Raises:
         UserError: The config, the checkpoint or the .onnx file cannot be read, they do not fit, the checkpoint does
@@ -168,6 +263,7 @@ class Segmentor:
         blend: bool = False,
     ):
         check_precision(precision)
+        self.temperature = 1.0
         tiling = tiling_of(tile, overlap, blend)
         if checkpoint is None:
             self._open_onnx(config, device, classes, precision, runtime, threads)
@@ -273,7 +369,7 @@ class Segmentor:
         self._pipeline = Compose(self._model.contract.pipeline())
 
     def __call__(
-        self, images: str | Path | Image.Image | np.ndarray | Sequence, batch_size: int = 1
+        self, images: str | Path | Image.Image | np.ndarray | Sequence, batch_size: int = 1, keep_logits: bool = True
     ) -> Segmentation | list[Segmentation]:
         """Segment an image, or a list of them.
 
@@ -282,6 +378,8 @@ class Segmentor:
                 :func:`~mmseg_inceptionnext.images.read_image`; or a list of these.
             batch_size: Number of images of a list in one forward pass, where they have the same size after the test
                 pipeline. All of them are held in memory. Of an image in tiles, the number of tiles.
+            keep_logits: Let the results keep what ``confidence``, ``entropy`` and ``top`` need: the head's output, for
+                150 classes about ten times the image. Without, long lists take less memory.
 
         Returns:
             A :class:`Segmentation` at the size of the image, or a list of them in the same order.
@@ -290,13 +388,13 @@ class Segmentor:
             UserError: An image cannot be read.
         """
         if not isinstance(images, (list, tuple)):
-            return self.predict([self.prepare(self.read(images))], batch_size)[0]
+            return self.predict([self.prepare(self.read(images))], batch_size, keep_logits)[0]
         if batch_size < 1:
             raise ValueError(f'batch_size={batch_size} must be at least 1')
         results = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
-            results += self.predict([self.prepare(self.read(image)) for image in batch], batch_size)
+            results += self.predict([self.prepare(self.read(image)) for image in batch], batch_size, keep_logits)
         return results
 
     def read(self, source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
@@ -323,27 +421,62 @@ class Segmentor:
         return dict(packed, image=image)
 
     @torch.inference_mode()
-    def predict(self, prepared: Sequence[dict], batch_size: int = 1) -> list[Segmentation]:
+    def predict(
+        self, prepared: Sequence[dict], batch_size: int = 1, keep_logits: bool = True, confidence: bool = False
+    ) -> list[Segmentation]:
         """Segment images that :meth:`prepare` returned; those of the same size are one batch.
 
         Args:
             prepared: The images.
             batch_size: Tiles in one forward pass, where an image is predicted in tiles.
+            keep_logits: As for a call.
+            confidence: Compute the confidence of images in tiles at once, in the same pass as the labels.
         """
         by_size: dict[tuple, list[int]] = {}
         results: dict[int, Segmentation] = {}
         for index, item in enumerate(prepared):
             if 'tile' in item:
-                labels = self.tiles.labels(item['image'], item['tile'], batch_size)
-                results[index] = Segmentation(as_rgb(item['image']), labels, self.classes)
+                results[index] = self._in_tiles(item['image'], item['tile'], batch_size, keep_logits, confidence)
             else:
                 by_size.setdefault(item['inputs'].shape, []).append(index)
         for indices in by_size.values():
             data = {key: [prepared[i][key] for i in indices] for key in ('inputs', 'data_samples')}
             for index, sample in zip(indices, self._model.test_step(data), strict=True):
                 labels = label_array(sample.pred_sem_seg.data).astype(np.int16)
-                results[index] = Segmentation(as_rgb(prepared[index]['image']), labels, self.classes)
+                kept = self._probabilities(sample) if keep_logits else 'keep_logits=False'
+                results[index] = Segmentation(as_rgb(prepared[index]['image']), labels, self.classes, kept)
         return [results[index] for index in range(len(prepared))]
+
+    def _in_tiles(
+        self, image: np.ndarray, tile: int, batch_size: int, keep_logits: bool, confidence: bool
+    ) -> Segmentation:
+        temperature = self.temperature if confidence else None
+        labels, found = self.tiles.labels(image, tile, batch_size, temperature)
+        kept = 'keep_logits=False'
+        if keep_logits:
+            parts = partial(self.tiles.parts, image, tile, batch_size)
+            kept = Probabilities(parts, max(len(self.classes.names), 2), self.temperature)
+        return Segmentation(as_rgb(image), labels, self.classes, kept, found)
+
+    def _probabilities(self, sample: SegDataSample) -> Probabilities | str:
+        logits = class_logits_of(sample)
+        if logits is None:
+            return f'{self._model.path} returns labels alone: export it without labels=True'
+        height, width = sample.pred_sem_seg.shape
+        return Probabilities(lambda: iter([(Region(0, height, 0, width), logits)]), logits.channels, self.temperature)
+
+
+def class_logits_of(sample: SegDataSample) -> ClassLogits | None:
+    """Return the logits of a predicted sample, at the size of its labels; None where there are labels alone."""
+    if 'class_logits' in sample:
+        return sample.class_logits
+    if 'seg_logits' not in sample:
+        return None
+    logits = sample.seg_logits.data
+    if len(logits) > 1:
+        return ClassLogits(len(logits), lambda index: logits[index].float())
+    tiny = torch.finfo(torch.float32).eps
+    return with_threshold(logits[0].float().clamp(tiny, 1 - tiny).logit())  # mmseg has taken the sigmoid
 
 
 def load_trained(

@@ -18,6 +18,7 @@ from mmseg_inceptionnext.images import IMAGE_SUFFIXES
 VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v')
 
 _LABELS, _VIDEO_LABELS = 'labels', 'video_labels'
+_CONFIDENCE, _VIDEO_CONFIDENCE = 'confidence', 'video_confidence'
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _inside(name: Path) -> Path:
     """
     *folders, file = [part for part in name.parts if part not in ('..', name.anchor)] or ['unnamed']
     folders = [f'{part}-2' if part.lower().endswith(('.png', '.mp4', '.tif')) else part for part in folders]
-    if folders and folders[0].lower() in (_LABELS, _VIDEO_LABELS):
+    if folders and folders[0].lower() in (_LABELS, _VIDEO_LABELS, _CONFIDENCE, _VIDEO_CONFIDENCE):
         folders[0] += '-2'
     return Path(*folders, Path(file).with_suffix(''))
 
@@ -146,6 +147,10 @@ class Output:
         labels: Also write label maps, in the coding of the data set's annotations.
         polygons: File of the polygons of a TIFF's labels, ``.gpkg`` or ``.geojson``; None for none.
         min_area: Polygons of fewer pixels are left out.
+        confidence: Also write the labels' probabilities, 255 for 1: into ``confidence`` and ``video_confidence``, or as
+            another band of a GeoTIFF.
+        min_confidence: Pixels whose label is less probable are unsure: hatched in overlays, and 255 in label maps, or
+            nodata of a GeoTIFF.
     """
 
     folder: Path
@@ -154,6 +159,8 @@ class Output:
     labels: bool = False
     polygons: Path | None = None
     min_area: int = 0
+    confidence: bool = False
+    min_confidence: float = 0
 
     def overlay_of(self, source: Source) -> Path:
         """Return the path of a source's overlay, a PNG or an MP4."""
@@ -165,6 +172,12 @@ class Output:
             return self.folder / _VIDEO_LABELS / source.name
         return self.folder / _LABELS / f'{source.name}.png'
 
+    def confidence_of(self, source: Source) -> Path:
+        """Return the path of a source's confidence, a PNG; for a video, the folder for those of its frames."""
+        if source.is_video:
+            return self.folder / _VIDEO_CONFIDENCE / source.name
+        return self.folder / _CONFIDENCE / f'{source.name}.png'
+
     def raster_of(self, source: Source) -> Path:
         """Return the path of the label map of a TIFF that is written as GeoTIFF, without an overlay."""
         return self.folder / _LABELS / f'{source.name}.tif'
@@ -173,7 +186,9 @@ class Output:
         """List all outputs of a source: a picture, a video, or a TIFF that is written as GeoTIFF."""
         if is_raster:
             return [self.raster_of(source), *([self.polygons] if self.polygons else [])]
-        return [self.overlay_of(source), *([self.labels_of(source)] if self.labels else [])]
+        paths = [self.overlay_of(source)]
+        paths += [self.labels_of(source)] if self.labels else []
+        return paths + ([self.confidence_of(source)] if self.confidence else [])
 
     def identity(self) -> dict[str, object]:
         """Return what decides how the outputs look, as plain values by name."""
