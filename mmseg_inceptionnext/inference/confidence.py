@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +81,19 @@ class ClassLogits:
 def with_threshold(logit: Tensor) -> ClassLogits:
     """Return the logits of the two classes of a head with a single one, (height, width): that of class 1."""
     return ClassLogits(2, lambda index: logit if index else torch.zeros_like(logit))
+
+
+def class_logits_of(sample: Mapping) -> ClassLogits | None:
+    """Return the logits of a predicted sample, at the size of its labels; None where there are labels alone."""
+    if 'class_logits' in sample:
+        return sample['class_logits']
+    if 'seg_logits' not in sample:
+        return None
+    logits = sample['seg_logits']['data']
+    if len(logits) > 1:
+        return ClassLogits(len(logits), lambda index: logits[index].float())
+    tiny = torch.finfo(torch.float32).eps
+    return with_threshold(logits[0].float().clamp(tiny, 1 - tiny).logit())  # mmseg has taken the sigmoid
 
 
 def logits_of_cell(cell: Cell, threshold: float | None) -> ClassLogits:

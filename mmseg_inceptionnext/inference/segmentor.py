@@ -30,10 +30,11 @@ from mmseg_inceptionnext.drawing import add_legend, draw_overlay, hatch
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.files import file_digest
 from mmseg_inceptionnext.images import as_rgb, read_image, swap_rgb
-from mmseg_inceptionnext.inference.confidence import ClassLogits, Probabilities, with_threshold
+from mmseg_inceptionnext.inference.confidence import Probabilities, class_logits_of
 from mmseg_inceptionnext.inference.onnx_model import OnnxModel, is_onnx
 from mmseg_inceptionnext.inference.optimize import made_for
 from mmseg_inceptionnext.inference.precision import AutoPrecision, check_precision
+from mmseg_inceptionnext.inference.temperature import read_temperature
 from mmseg_inceptionnext.inference.tiles import Region
 from mmseg_inceptionnext.inference.tiling import TiledModel, tiling_of
 from mmseg_inceptionnext.labels import (
@@ -241,11 +242,13 @@ class Segmentor:
         channels: Channels of the images that it takes.
         device: The device that the model runs on.
         tiles: What predicts images in tiles; None without ``tile``.
-        temperature: What logits are divided by for probabilities; labels are the same.
+        temperature: What logits are divided by for probabilities; labels are the same. It is that which `test
+            --temperature fit` has stored beside the checkpoint, or 1.
 
     Raises:
         UserError: The config, the checkpoint or the .onnx file cannot be read, they do not fit, the checkpoint does
-            not say what its classes are, there is no such device or precision, or tile or overlap cannot be used.
+            not say what its classes are, there is no such device or precision, tile or overlap cannot be used, or the
+            temperature beside the checkpoint was fitted for another.
     """
 
     def __init__(
@@ -327,12 +330,13 @@ class Segmentor:
                 config=self._config_digest, checkpoint=file_digest(checkpoint), precision=precision, fast=fast
             )
         memory = self.tiles and self.tiles.memory
-        return facts | dict(tile=tile, overlap=overlap, blend=blend, memory=memory)
+        return facts | dict(tile=tile, overlap=overlap, blend=blend, memory=memory, temperature=self.temperature)
 
     def _open_trained(self, config: str | Path | Config, checkpoint: str | Path, device: str | torch.device | None,
                       classes: str | Path | None, fast: bool, precision: str) -> None:  # fmt: skip
         self.device = find_device(device)
         cfg, model, self.classes = load_trained(config, checkpoint, classes)
+        self.temperature = read_temperature(checkpoint)
         self.channels = channels_of(model)
         model = model.to(self.device)
         make = partial(made_for, model, fast=fast)
@@ -459,24 +463,11 @@ class Segmentor:
         return Segmentation(as_rgb(image), labels, self.classes, kept, found)
 
     def _probabilities(self, sample: SegDataSample) -> Probabilities | str:
-        logits = class_logits_of(sample)
+        logits = class_logits_of(sample.to_dict())
         if logits is None:
             return f'{self._model.path} returns labels alone: export it without labels=True'
         height, width = sample.pred_sem_seg.shape
         return Probabilities(lambda: iter([(Region(0, height, 0, width), logits)]), logits.channels, self.temperature)
-
-
-def class_logits_of(sample: SegDataSample) -> ClassLogits | None:
-    """Return the logits of a predicted sample, at the size of its labels; None where there are labels alone."""
-    if 'class_logits' in sample:
-        return sample.class_logits
-    if 'seg_logits' not in sample:
-        return None
-    logits = sample.seg_logits.data
-    if len(logits) > 1:
-        return ClassLogits(len(logits), lambda index: logits[index].float())
-    tiny = torch.finfo(torch.float32).eps
-    return with_threshold(logits[0].float().clamp(tiny, 1 - tiny).logit())  # mmseg has taken the sigmoid
 
 
 def load_trained(
