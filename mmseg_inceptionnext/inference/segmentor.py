@@ -365,7 +365,7 @@ class Segmentor:
         self.device = torch.device('cpu')
         self._model = OnnxModel(path, runtime, threads)
         self.channels = self._model.contract.channels
-        self.classes = self._model.contract.classes
+        self.classes, self.temperature = self._model.contract.classes, self._model.contract.temperature
         if classes is not None:
             named = read_classes(classes)
             check_num_classes(named.names, len(self.classes.names), str(classes))
@@ -448,7 +448,8 @@ class Segmentor:
             for index, sample in zip(indices, self._model.test_step(data), strict=True):
                 labels = label_array(sample.pred_sem_seg.data).astype(np.int16)
                 kept = self._probabilities(sample) if keep_logits else 'keep_logits=False'
-                results[index] = Segmentation(as_rgb(prepared[index]['image']), labels, self.classes, kept)
+                found = sample.confidence.numpy() if 'confidence' in sample else None  # of an exported file
+                results[index] = Segmentation(as_rgb(prepared[index]['image']), labels, self.classes, kept, found)
         return [results[index] for index in range(len(prepared))]
 
     def _in_tiles(
@@ -465,7 +466,8 @@ class Segmentor:
     def _probabilities(self, sample: SegDataSample) -> Probabilities | str:
         logits = class_logits_of(sample.to_dict())
         if logits is None:
-            return f'{self._model.path} returns labels alone: export it without labels=True'
+            how = 'with confidence=True, or without labels=True'
+            return f'{self._model.path} returns labels without logits: export it {how}'
         height, width = sample.pred_sem_seg.shape
         return Probabilities(lambda: iter([(Region(0, height, 0, width), logits)]), logits.channels, self.temperature)
 

@@ -111,7 +111,7 @@ def test_of_a_file_that_returns_logits_and_of_one_that_returns_labels(files, tmp
     result = Segmentor(tmp_path / 'logits.onnx')(image)
     assert_agrees(result, probabilities_of_mmseg(files, image), 1e-3)
     export(*files, tmp_path / 'labels.onnx', shape=(96, 128), labels=True)
-    with pytest.raises(UserError, match='labels.onnx returns labels alone: export it'):
+    with pytest.raises(UserError, match='labels.onnx returns labels without logits: export it'):
         Segmentor(tmp_path / 'labels.onnx')(image).confidence  # noqa: B018
 
 
