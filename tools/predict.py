@@ -34,7 +34,7 @@ def share(text: str) -> float:
     return value
 
 
-def tile_side(text: str) -> int | str:
+def number_or_auto(text: str) -> int | str:
     return text if text == 'auto' else positive_int(text)
 
 
@@ -75,9 +75,14 @@ def main() -> None:
         default=0,
         help='hatch labels below, and code them as 255 or nodata',
     )
-    parser.add_argument('--batch-size', metavar='N', type=positive_int, default=1, help='images or tiles at once (1)')
     parser.add_argument(
-        '--tile', metavar='N|auto', type=tile_side, help='predict in tiles of N pixels, not resized; auto: if needed'
+        '--batch-size', metavar='N|auto', type=number_or_auto, default=1, help='images or tiles at once (1)'
+    )
+    parser.add_argument(
+        '--tile',
+        metavar='N|auto',
+        type=number_or_auto,
+        help='predict in tiles of N pixels, unresized; auto: if needed',
     )
     parser.add_argument('--overlap', metavar='N', type=whole_number, help='pixels that tiles share (an eighth)')
     parser.add_argument('--blend', action='store_true', help="let tiles' weights fall towards their borders")

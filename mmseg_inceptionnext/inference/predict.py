@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image
 
 from mmseg_inceptionnext.console import say
@@ -30,13 +31,15 @@ from mmseg_inceptionnext.inference.sources import Output, Source, shard_of
 _READERS = 2
 _RESULTS_WAITING = 8  # for the thread that writes
 _LEGEND_ROWS_OF_VIDEO = 2
+_LARGEST_BATCH = 16
+_WORTH = 1.05
 
 
 def predict(
     segmentor: Segmentor,
     sources: Sequence[Source],
     output: Output,
-    batch_size: int = 1,
+    batch_size: int | str = 1,
     overwrite: bool = False,
     on_progress: Callable[[float], None] = lambda images: None,
     bands: Sequence[int] | None = None,
@@ -59,6 +62,7 @@ def predict(
         sources: What :func:`~mmseg_inceptionnext.inference.sources.find_sources` returned.
         output: What to write, and where.
         batch_size: Images in one forward pass, if they have the same size, as frames of a video do; or tiles.
+            'auto': what is fastest for the first image (:func:`choose_batch_size`); in tiles, and for videos alone, 1.
         overwrite: Replace existing outputs, and the manifest.
         on_progress: Called with the number of images or frames that were written since the last call.
         bands, scale: Arguments of ``segment_raster``, for all sources.
@@ -106,7 +110,10 @@ def predict(
         if manifest:
             if overwrite:
                 manifest.restart()
-            segmentor = _begin(manifest, segmentor, dict(output.identity(), bands=bands, scale=scale))
+            facts = dict(output.identity(), bands=bands, scale=scale)
+            segmentor, batch_size = _begin(manifest, segmentor, facts, batch_size, everything)
+        elif batch_size == 'auto':
+            batch_size = choose_batch_size(segmentor, sources)
         if skip_existing:
             todo = [s for s in sources if not manifest.is_done(s, output.paths_of(s, is_raster(s)))]
             if len(todo) < len(sources):
@@ -127,13 +134,61 @@ def predict(
     return log.failures
 
 
-def _begin(manifest: Manifest, segmentor: Segmentor, facts: dict) -> Segmentor:
-    """Record what decides the results, and return the segmentor as the folder's run has it, whoever began it."""
+def _begin(manifest: Manifest, segmentor: Segmentor, facts: dict, batch_size: int | str,
+           sources: Sequence[Source]) -> tuple[Segmentor, int]:  # fmt: skip
+    """Record what decides the results; return segmentor and batch size as the folder's run has them, whoever began it.
+
+    Another batch size may be asked for: a GPU may have less memory.
+    """
     segmentor = segmentor.settled(manifest.run)
-    manifest.begin(segmentor.identity() | facts)
+    chosen = batch_size
+    if chosen == 'auto':
+        chosen = manifest.run['batch_size'] if manifest.run else choose_batch_size(segmentor, sources)
+    manifest.begin(segmentor.identity() | facts | dict(batch_size=chosen))
     segmentor = segmentor.settled(manifest.run)
-    manifest.check(segmentor.identity() | facts)
-    return segmentor
+    recorded = manifest.run['batch_size']
+    manifest.check(segmentor.identity() | facts | dict(batch_size=recorded))
+    return segmentor, recorded if batch_size == 'auto' else batch_size
+
+
+def choose_batch_size(segmentor: Segmentor, sources: Sequence[Source]) -> int:
+    """Return how many images to predict at once: it is doubled while that makes an image faster by a twentieth.
+
+    Args:
+        segmentor: The segmentor.
+        sources: The first of them that is an image and can be read is what is timed.
+    """
+    for source in sources:
+        if segmentor.tiles or source.is_video:
+            continue
+        try:
+            image = segmentor.prepare(segmentor.read(source.path))
+            break
+        except UserError:  # it is said when its turn comes
+            continue
+    else:
+        return 1
+
+    def seconds(size: int) -> float:
+        def once() -> float:
+            start = time.perf_counter()
+            segmentor.predict([image] * size, size, False)
+            return time.perf_counter() - start
+
+        once()  # sets up kernels and memory
+        return min(once(), once()) / size
+
+    size, shortest = 1, seconds(1)
+    while size < _LARGEST_BATCH:
+        try:
+            found = seconds(2 * size)
+        except torch.OutOfMemoryError:
+            break
+        if _WORTH * found > shortest:
+            break
+        size, shortest = 2 * size, found
+    say(f'batch size: {size} ({shortest:.2g} s an image)')
+    return size
 
 
 def _asked(output: Output) -> tuple[bool, bool]:

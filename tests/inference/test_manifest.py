@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support import ROOT, TINY_CONFIG, assert_user_error, save_segmentor
 
 from mmseg_inceptionnext import Segmentor, UserError
 from mmseg_inceptionnext.inference import precision
+from mmseg_inceptionnext.inference import predict as predict_module
 from mmseg_inceptionnext.inference.manifest import Manifest
 from mmseg_inceptionnext.inference.predict import predict
 from mmseg_inceptionnext.inference.sources import Output, find_sources, shard_of
@@ -258,6 +260,45 @@ def test_the_precision_that_a_race_chose_is_kept(folder, trained, monkeypatch):
     assert {k: v for k, v in content('out').items() if k.endswith('png')} == content('b')
 
 
+def test_the_batch_size_that_was_chosen_is_kept(folder, segmentor, monkeypatch):
+    chosen = iter([4, 2])
+    monkeypatch.setattr(predict_module, 'choose_batch_size', lambda *_: next(chosen))
+    batches, compute = [], segmentor.predict
+
+    def counted(images, *rest):
+        batches.append(len(images))
+        return compute(images, *rest)
+
+    monkeypatch.setattr(segmentor, 'predict', counted)
+    predict(segmentor, sources(), OUT, 'auto', shard='1/2')
+    assert lines()[0]['run']['batch_size'] == 4
+    predict(segmentor, sources(), OUT, 'auto', shard='2/2')
+    assert max(batches) == 4 and next(chosen) == 2
+    Path('out/0/0.png').unlink()
+    resume(segmentor, batch_size=1)  # of a GPU with less memory
+    assert batches[-1] == 1
+
+
+@pytest.mark.parametrize('seconds, expected', [
+    ({1: 1, 2: 0.99}, 1), ({1: 1, 2: 0.8, 4: 0.7, 8: 0.69}, 4), ({1: 1, 2: 0.5, 4: 'full'}, 2),
+    ({1: 1, 2: 0.5, 4: 0.2, 8: 0.1, 16: 0.05}, 16),
+])  # fmt: skip
+def test_a_batch_size_is_doubled_while_it_pays(folder, segmentor, monkeypatch, seconds, expected):
+    clock = [0.0]
+
+    def compute(images, *_):
+        took = seconds[len(images)]
+        if took == 'full':
+            raise torch.OutOfMemoryError
+        clock[0] += took * len(images)
+
+    monkeypatch.setattr(segmentor, 'predict', compute)
+    monkeypatch.setattr(predict_module.time, 'perf_counter', lambda: clock[0])
+    found = predict_module.choose_batch_size(segmentor, sources())
+    monkeypatch.undo()
+    assert found == expected
+
+
 def test_what_no_manifest_knows_is_not_replaced(folder, segmentor):
     Path('out/0').mkdir(parents=True)
     Path('out/0/0.png').write_text('mine')
@@ -271,7 +312,7 @@ def test_what_no_manifest_knows_is_not_replaced(folder, segmentor):
 
 def test_a_shard_that_runs_already(folder, segmentor):
     with Manifest(Path('out'), '1/2') as running:
-        running.begin(segmentor.identity() | OUT.identity() | dict(bands=None, scale=None))
+        running.begin(segmentor.identity() | OUT.identity() | dict(bands=None, scale=None, batch_size=1))
         with pytest.raises(UserError, match=r'manifest.1-of-2.jsonl is being written by another run: wait'):
             predict(segmentor, sources(), OUT, shard='1/2')
         predict(segmentor, sources(), OUT, shard='2/2')
