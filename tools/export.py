@@ -41,6 +41,9 @@ def main() -> None:
         '--logits', dest='labels', action='store_false', help='return the logits of all classes (default)'
     )
     parser.add_argument(
+        '--confidence', action='store_true', help='return the probability of the label of each pixel as well'
+    )
+    parser.add_argument(
         '--input', dest='dtype', choices=DTYPES, default='uint8', help='type of the values from 0 to 255 (uint8)'
     )
     parser.add_argument(
@@ -108,7 +111,7 @@ def main() -> None:
     with trusting_checkpoints(args.trust_checkpoint):
         verified = export(
             config, args.checkpoint, args.out, tuple(args.shape), args.dynamic, args.labels, args.dtype,
-            args.precision, args.verify, images, args.classes, args.device, args.runtime, calibration,
+            args.precision, args.verify, images, args.classes, args.device, args.runtime, calibration, args.confidence,
         )  # fmt: skip
     if verified.shape and verified.shape != tuple(args.shape):
         (height, width), (h, w) = verified.shape, args.shape
@@ -122,12 +125,15 @@ def main() -> None:
         )
         return
     logits = '' if args.labels else f'its logits are within {verified.error:.1e} of the largest, and '
+    if args.confidence:
+        logits += f'the confidence is within {verified.confidence_error:.1e}, and '
     print(f'{size} On {verified.images} images {logits}{verified.differing:.2%} of the labels differ (ties)')
 
 
 def for_program(args: argparse.Namespace, config: str | Config) -> None:
     others = (
         args.labels,
+        args.confidence,
         args.dynamic,
         args.precision != 'fp32',
         args.runtime,

@@ -21,7 +21,7 @@ from mmseg_inceptionnext.command_line import (
     run,
 )
 from mmseg_inceptionnext.inference.onnx_model import is_onnx
-from mmseg_inceptionnext.inference.predict import count_images, predict
+from mmseg_inceptionnext.inference.predict import predict
 from mmseg_inceptionnext.inference.runtimes import RUNTIMES
 from mmseg_inceptionnext.inference.segmentor import Segmentor
 from mmseg_inceptionnext.inference.sources import Output, find_sources
@@ -34,7 +34,7 @@ def share(text: str) -> float:
     return value
 
 
-def tile_side(text: str) -> int | str:
+def number_or_auto(text: str) -> int | str:
     return text if text == 'auto' else positive_int(text)
 
 
@@ -65,9 +65,24 @@ def main() -> None:
     parser.add_argument(
         '--labels', action='store_true', help='label maps, too, coded as annotations: in ADE20K label + 1, 0 unlabelled'
     )
-    parser.add_argument('--batch-size', metavar='N', type=positive_int, default=1, help='images or tiles at once (1)')
     parser.add_argument(
-        '--tile', metavar='N|auto', type=tile_side, help='predict in tiles of N pixels, not resized; auto: if needed'
+        '--confidence', action='store_true', help="the labels' probabilities, too, 255 for 1; of a GeoTIFF a band"
+    )
+    parser.add_argument(
+        '--min-confidence',
+        metavar='P',
+        type=share,
+        default=0,
+        help='hatch labels below, and code them as 255 or nodata',
+    )
+    parser.add_argument(
+        '--batch-size', metavar='N|auto', type=number_or_auto, default=1, help='images or tiles at once (1)'
+    )
+    parser.add_argument(
+        '--tile',
+        metavar='N|auto',
+        type=number_or_auto,
+        help='predict in tiles of N pixels, unresized; auto: if needed',
     )
     parser.add_argument('--overlap', metavar='N', type=whole_number, help='pixels that tiles share (an eighth)')
     parser.add_argument('--blend', action='store_true', help="let tiles' weights fall towards their borders")
@@ -81,6 +96,10 @@ def main() -> None:
     parser.add_argument('--min-area', metavar='N', type=whole_number, default=0, help='smallest polygon, in pixels (0)')
     add_device_option(parser)
     parser.add_argument('--overwrite', action='store_true', help='replace what is in DIR already')
+    parser.add_argument(
+        '--skip-existing', action='store_true', help='leave out what DIR/manifest.jsonl has: go on after a stop'
+    )
+    parser.add_argument('--shard', metavar='I/N', help='predict the I-th of N parts, for N runs that share DIR')
     parser.add_argument(
         '--classes',
         metavar='ade20k|FILE',
@@ -104,7 +123,8 @@ def main() -> None:
         parser.error('the following arguments are required: input')
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as Ctrl-C does: what is computed is written
-    output = Output(args.out, args.opacity, args.legend, args.labels, args.polygons, args.min_area)
+    output = Output(args.out, args.opacity, args.legend, args.labels, args.polygons, args.min_area,
+                    args.confidence, args.min_confidence)  # fmt: skip
     lines = ()
     if '-' in args.inputs and sys.stdin is not None:
         sys.stdin.reconfigure(errors='surrogateescape')  # names of files are bytes
@@ -124,19 +144,22 @@ def main() -> None:
             args.overlap,
             args.blend,
         )
-    columns = [
-        BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn('{task.fields[rate]}'),
-    ]  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task('', total=count_images(sources), rate='')
+        columns = [
+            BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn('{task.fields[rate]}'),
+        ]  # fmt: skip
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task('', total=None, rate='')
 
-        def advance(images: float) -> None:
-            progress.advance(task, images)
-            speed = progress.tasks[0].speed
-            progress.update(task, rate=f'{speed:.2f} images/s' if speed else '')
+            def advance(images: float) -> None:
+                progress.advance(task, images)
+                speed = progress.tasks[0].speed
+                progress.update(task, rate=f'{speed:.2f} images/s' if speed else '')
 
-        failures = predict(segmentor, sources, output, args.batch_size, args.overwrite, advance, args.bands, args.scale)
+            failures = predict(
+                segmentor, sources, output, args.batch_size, args.overwrite, advance, args.bands, args.scale,
+                args.skip_existing, args.shard, lambda images: progress.update(task, total=images),
+            )  # fmt: skip
     print(f'{round(progress.tasks[0].completed)} images in {args.out}')
     exit_if_any_failed(failures)
 

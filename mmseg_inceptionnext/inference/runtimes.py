@@ -76,19 +76,19 @@ class OnnxRuntimeSession:
             for value in values
         ]
 
-    def run(self, images: np.ndarray) -> np.ndarray:
-        """Return the output for an input."""
+    def run(self, images: np.ndarray) -> list[np.ndarray]:
+        """Return the outputs for an input."""
         # In a thread: the main one could not handle a signal before ONNX Runtime returns, which a large graph may put
         # off for hours. Told to terminate, it returns after the operator that is running.
         options = self._runtime.RunOptions()
         with ThreadPoolExecutor(1) as thread:
             run = thread.submit(self._session.run, None, {self._input: images}, options)
             try:
-                (result,) = run.result()
+                results = run.result()
             except KeyboardInterrupt:
                 options.terminate = True
                 raise
-        return result
+        return results
 
 
 class OpenVinoSession:
@@ -122,8 +122,8 @@ class OpenVinoSession:
         ]
         self._request = model.create_infer_request()
 
-    def run(self, images: np.ndarray) -> np.ndarray:
-        """Return the output for an input."""
+    def run(self, images: np.ndarray) -> list[np.ndarray]:
+        """Return the outputs for an input."""
         self._request.start_async([images])
         try:
             while not self._request.wait_for(100):  # milliseconds, between which signals are handled
@@ -133,7 +133,7 @@ class OpenVinoSession:
             with suppress(RuntimeError):  # says that it was cancelled; then it can be started again
                 self._request.wait()
             raise
-        return self._request.get_output_tensor(0).data.copy()
+        return [tensor.data.copy() for tensor in self._request.output_tensors]
 
 
 def computes_bf16() -> bool:
