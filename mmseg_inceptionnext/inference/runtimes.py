@@ -101,8 +101,7 @@ class OpenVinoSession:
     name = 'OpenVINO'
 
     def __init__(self, content: bytes, precision: str, threads: int):
-        openvino = import_onnx('openvino')
-        core = openvino.Core()
+        core = _core(import_onnx('openvino'))
         lower = precision in ('bf16', 'int8') and computes_bf16()
         model = core.compile_model(
             core.read_model(content, b''),
@@ -138,7 +137,17 @@ class OpenVinoSession:
 
 def computes_bf16() -> bool:
     """Return whether OpenVINO computes in bfloat16 on this processor, which is then faster than float32."""
-    return 'BF16' in import_onnx('openvino').Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')
+    return 'BF16' in _core(import_onnx('openvino')).get_property('CPU', 'OPTIMIZATION_CAPABILITIES')
+
+
+@cache
+def _core(openvino: ModuleType):
+    """Return the core of OpenVINO: one for the process, which is never dropped.
+
+    Its CPU plugin gives the thread that loads it a stack for signal handlers, and unmaps that when it is unloaded, in
+    whichever thread. After that, any signal that Python handles (Ctrl-C, SIGTERM) would end the process with SIGSEGV.
+    """
+    return openvino.Core()
 
 
 RUNTIMES: dict[str, Callable] = {'onnxruntime': OnnxRuntimeSession, 'openvino': OpenVinoSession}

@@ -1,6 +1,7 @@
 """Exported files run in ONNX Runtime and in OpenVINO, in each precision; a runtime's failure is one line."""
 
 import pickle
+import subprocess
 import sys
 
 import numpy as np
@@ -170,6 +171,22 @@ def test_a_graph_that_a_runtime_cannot_run_is_one_line(written, runtime, tmp_pat
     (tmp_path / 'm.onnx').write_bytes(model.SerializeToString())
     with pytest.raises(UserError, match=f'm.onnx cannot be run by {RUNTIMES[runtime].name}: '):
         OnnxModel(tmp_path / 'm.onnx').run(np.zeros((1, 3, *SIZE), np.uint8))
+
+
+def test_a_signal_after_openvino_reaches_its_handler(written):
+    """Not SIGSEGV, although the model was dropped in another thread than it was made in."""
+    program = (
+        'import os, signal, sys, threading\n'
+        'from mmseg_inceptionnext.inference.onnx_model import OnnxModel\n'
+        'signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n'
+        'models = [OnnxModel(sys.argv[1])]\n'
+        'thread = threading.Thread(target=models.clear)\n'
+        'thread.start(); thread.join()\n'
+        'os.kill(os.getpid(), signal.SIGTERM)\n'
+    )
+    path, _ = written(runtime='openvino', labels=True)
+    process = subprocess.run([sys.executable, '-c', program, path], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 7, process.stderr[-2000:]
 
 
 def test_an_interrupt_ends_a_run_in_openvino(written, images, monkeypatch):
