@@ -70,7 +70,7 @@ def execute(args: argparse.Namespace) -> None:
         cfg, args.checkpoint, out=args.out, show_dir=args.show_dir, fast=args.fast, tta=args.tta,
         report=args.report, report_images=args.report_images,
         need_figures=bool(args.json or args.report or not pictures), precision=args.precision,
-        details=bool(args.json), temperature=args.temperature,
+        details=args.temperature is not None, temperature=args.temperature,
     )  # fmt: skip
     if not is_main_process():
         return
