@@ -15,6 +15,7 @@ from mmseg_inceptionnext.command_line import (
     add_precision_option,
     add_trust_option,
     exit_if_any_failed,
+    non_negative_int,
     output_file,
     output_folder,
     positive_int,
@@ -36,12 +37,6 @@ def share(text: str) -> float:
 
 def number_or_auto(text: str) -> int | str:
     return text if text == 'auto' else positive_int(text)
-
-
-def whole_number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number')
-    return int(text)
 
 
 def band_list(text: str) -> tuple[int, ...]:
@@ -84,7 +79,7 @@ def main() -> None:
         type=number_or_auto,
         help='predict in tiles of N pixels, unresized; auto: if needed',
     )
-    parser.add_argument('--overlap', metavar='N', type=whole_number, help='pixels that tiles share (an eighth)')
+    parser.add_argument('--overlap', metavar='N', type=non_negative_int, help='pixels that tiles share (an eighth)')
     parser.add_argument('--blend', action='store_true', help="let tiles' weights fall towards their borders")
     parser.add_argument('--bands', metavar='4,3,2', type=band_list, help='bands of a TIFF: red, green and blue')
     parser.add_argument(
@@ -93,7 +88,9 @@ def main() -> None:
     parser.add_argument(
         '--polygons', metavar='FILE', type=output_file, help="polygons of a TIFF's classes, .gpkg or .geojson"
     )
-    parser.add_argument('--min-area', metavar='N', type=whole_number, default=0, help='smallest polygon, in pixels (0)')
+    parser.add_argument(
+        '--min-area', metavar='N', type=non_negative_int, default=0, help='smallest polygon, in pixels (0)'
+    )
     add_device_option(parser)
     parser.add_argument('--overwrite', action='store_true', help='replace what is in DIR already')
     parser.add_argument(
@@ -132,18 +129,9 @@ def main() -> None:
     sources = find_sources(args.inputs, args.out, lines)
     with trusting_checkpoints(args.trust_checkpoint):
         segmentor = Segmentor(
-            args.config,
-            args.checkpoint,
-            args.device,
-            args.classes,
-            args.fast,
-            args.precision,
-            args.runtime,
-            args.threads,
-            args.tile,
-            args.overlap,
-            args.blend,
-        )
+            args.config, args.checkpoint, args.device, args.classes, args.fast, args.precision, args.runtime,
+            tile=args.tile, overlap=args.overlap, blend=args.blend,
+        )  # fmt: skip
         columns = [
             BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn('{task.fields[rate]}'),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmengine.registry import init_default_scope
 from mmseg.datasets import ADE20KDataset
-from support import TINY_UPERNET, assert_user_error, segmentor_with_statistics
+from support import TINY_CONFIG, TINY_UPERNET, assert_user_error, segmentor_with_statistics
 
 from mmseg_inceptionnext import Segmentor, UserError
 from mmseg_inceptionnext.export.export import export
@@ -116,6 +116,20 @@ def test_segmentor_and_predict_take_the_runtime_and_threads(written, tool_here, 
     finally:
         torch.set_num_threads(threads)
     assert process.returncode == 0 and '1 images in o' in process.stdout, process.stderr[-2000:]
+
+
+def test_a_trained_segmentor_takes_a_number_of_threads_as_well(trained, tool_here, tmp_path):
+    image, threads = np.zeros((64, 64, 3), np.uint8), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        process = tool_here(
+            'predict', TINY_CONFIG, trained, *write_images(tmp_path, image), '--out', 'o', '--threads', 1
+        )
+        used = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(threads)
+    assert process.returncode == 0 and '1 images in o' in process.stdout, process.stderr[-2000:]
+    assert used == 1
 
 
 def write_images(folder, *images):
