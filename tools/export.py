@@ -5,7 +5,7 @@ import argparse
 from mmengine.config import Config
 
 from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
-from mmseg_inceptionnext.command_line import ToolParser, add_trust_option, output_file, run
+from mmseg_inceptionnext.command_line import ToolParser, add_trust_option, non_negative_int, output_file, run
 from mmseg_inceptionnext.config import override, read_config
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.export.deepness import RESOLUTION, export_for_deepness
@@ -13,12 +13,6 @@ from mmseg_inceptionnext.export.export import PRECISIONS, export
 from mmseg_inceptionnext.export.quantize import NUMBER, calibration_of_config, calibration_of_folder
 from mmseg_inceptionnext.inference.onnx_model import DTYPES
 from mmseg_inceptionnext.inference.runtimes import RUNTIMES
-
-
-def non_negative_int(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number')
-    return int(text)
 
 
 def main() -> None:

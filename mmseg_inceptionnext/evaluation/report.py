@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 import platform
@@ -28,7 +27,7 @@ from PIL import Image
 from mmseg_inceptionnext.device import device_name
 from mmseg_inceptionnext.drawing import draw_overlay
 from mmseg_inceptionnext.evaluation.metrics import TITLES, EvaluatedImage, ious, total_confusion
-from mmseg_inceptionnext.files import write_text
+from mmseg_inceptionnext.files import file_digest, write_text
 from mmseg_inceptionnext.images import local_or_content, read_picture
 from mmseg_inceptionnext.labels import ignore_index_of
 from mmseg_inceptionnext.version import __version__
@@ -138,7 +137,7 @@ def _run(checkpoint: str | Path) -> dict:
     return {
         'command': shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         'checkpoint': str(checkpoint),
-        'sha256': hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
+        'sha256': file_digest(checkpoint),
         'date': datetime.now().astimezone().isoformat(timespec='seconds'),
         'device': device_name(get_device()),
         'versions': {

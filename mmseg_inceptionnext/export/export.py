@@ -371,10 +371,10 @@ def _compare(run: Callable[[np.ndarray], list[np.ndarray]], model: EncoderDecode
     tolerance = TOLERANCES[contract.precision]
     worst, worst_confidence, differing, pixels = 0.0, 0.0, 0, 0
     for images in pictures:
-        expected, (result, *confidence) = mmseg_logits(model, images), map(torch.from_numpy, run(images))
-        probabilities = _two(expected).div(contract.temperature).softmax(1)
+        logits, (result, *confidence) = mmseg_logits(model, images), map(torch.from_numpy, run(images))
+        expected = logits
         if contract.threshold is not None:  # two classes, the first at the threshold
-            expected = two_logits(expected, contract.threshold)
+            expected = two_logits(logits, contract.threshold)
             result = result if contract.labels else two_logits(result, contract.threshold)
         largest = expected.abs().max()
         labels = result.long() if contract.labels else result.argmax(1)
@@ -385,6 +385,7 @@ def _compare(run: Callable[[np.ndarray], list[np.ndarray]], model: EncoderDecode
         differing += (missed > 0).sum().item()
         pixels += labels.numel()
         for found in confidence:
+            probabilities = _two(logits).div(contract.temperature).softmax(1)
             deviation = (found - probabilities.gather(1, labels[:, None])[:, 0]).abs().max()
             # A probability changes by at most half as much as a difference of logits.
             worst = max(worst, (deviation * contract.temperature / largest).item())

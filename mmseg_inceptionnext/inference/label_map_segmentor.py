@@ -52,13 +52,9 @@ class LabelMapSegmentor(EncoderDecoder):
             data_samples = [SegDataSample(metainfo=meta) for _ in inputs]
         logits = self._slide if self.test_cfg.get('mode', 'whole') == 'slide' else self._whole
         for found, sample in zip(logits(inputs, [s.metainfo for s in data_samples]), data_samples, strict=True):
-            label = largest_class(found.channels, found.of, tuple(sample.ori_shape[:2]), self._like(inputs))
+            label = largest_class(found.channels, found.of)
             sample.set_data({'pred_sem_seg': PixelData(data=label[None].long()), 'class_logits': found})
         return data_samples
-
-    @staticmethod
-    def _like(inputs: Tensor) -> Tensor:
-        return inputs.new_empty(0, dtype=torch.promote_types(inputs.dtype, torch.float32))
 
     def _whole(self, inputs: Tensor, metas: list[dict]) -> Iterator[ClassLogits]:
         logits = self.decode_head.forward(self.extract_feat(inputs))
@@ -125,8 +121,7 @@ def label_map(logits: Tensor, input_size: tuple[int, int], meta: dict, align_cor
     Arguments are those of :func:`class_logits`.
     """
     found = class_logits(logits, input_size, meta, align_corners)
-    like = logits.new_empty(0, dtype=torch.promote_types(logits.dtype, torch.float32))
-    return largest_class(found.channels, found.of, tuple(meta['ori_shape'][:2]), like)[None].long()
+    return largest_class(found.channels, found.of)[None].long()
 
 
 def class_logits(logits: Tensor, input_size: tuple[int, int], meta: dict, align_corners: bool) -> ClassLogits:

@@ -72,9 +72,6 @@ class Segmentation:
         """Leave out the logits, and what was computed of them stays."""
         return self.__dict__ | dict(_probabilities='it was copied or pickled before it was asked')
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-
     def __repr__(self) -> str:
         height, width = self.labels.shape
         shares = [f'{name} {share:.1%}' for name, share in self.areas().items()]

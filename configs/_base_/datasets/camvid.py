@@ -1,5 +1,7 @@
 # CamVid with 11 classes at 480×360: 367 images to train on, 101 to validate, 233 to test (docs/camvid.md).
 _base_ = './ade20k.py'
+data_root = 'data/camvid'
+num_classes = 11
 crop_size = (320, 320)
 test_scale = (480, 360)
 
@@ -23,7 +25,7 @@ test_pipeline = [
 tta_pipeline = [dict(type='MultiScaleTest', pipeline=test_pipeline)]  # of mmseg's test.py --tta
 camvid = dict(
     type='MaskDataset',
-    data_root='data/camvid',
+    data_root=data_root,
     metainfo=dict(
         classes=[
             'Sky', 'Building', 'Pole', 'Road', 'Pavement', 'Tree', 'SignSymbol', 'Fence', 'Car', 'Pedestrian',
@@ -33,7 +35,7 @@ camvid = dict(
             [128, 128, 128], [128, 0, 0], [192, 192, 128], [128, 64, 128], [60, 40, 222], [128, 128, 0],
             [192, 128, 128], [64, 64, 128], [64, 0, 128], [64, 64, 0], [0, 128, 192],
         ],
-        labels=[[i] for i in range(11)],
+        labels=[[i] for i in range(num_classes)],
         ignored=[11, 255],
     ),
 )  # fmt: skip
