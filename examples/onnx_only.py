@@ -31,7 +31,7 @@ def main(model: str, image: str, out: str) -> None:
         picture = picture.resize((facts['input']['width'], facts['input']['height']), Image.Resampling.BILINEAR)
 
     pixels = np.asarray(picture, facts['input']['dtype']).transpose(2, 0, 1)[None]  # (1, 3, H, W), RGB, 0 … 255
-    (result,) = session.run(None, {session.get_inputs()[0].name: pixels})
+    result, *_ = session.run(None, {session.get_inputs()[0].name: pixels})
     if facts['output'] == 'labels':
         labels = result[0]
     elif facts['threshold'] is None:

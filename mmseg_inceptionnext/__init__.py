@@ -33,6 +33,7 @@ from mmseg_inceptionnext.data.mask_dataset import MaskDataset, ReadMask
 from mmseg_inceptionnext.data.pipeline import MultiScaleTest
 from mmseg_inceptionnext.data.transforms import CheckAnnotation, ReadImage
 from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.evaluation import boundary, calibration  # noqa: F401  register metrics
 from mmseg_inceptionnext.evaluation.metrics import ConfusionMetric, PerClassIoUMetric
 from mmseg_inceptionnext.evaluation.picture_hooks import OverlayHook, ValidationSamplesHook
 from mmseg_inceptionnext.hub import config_path, get_config, get_model

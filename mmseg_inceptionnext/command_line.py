@@ -179,6 +179,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def non_negative_int(text: str) -> int:
+    """Parse an integer from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number')
+    return int(text)
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a tool's main function; a user's mistake ends in one line on stderr and exit code 2.
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mmseg_inceptionnext.files import atomic_write
 
 _INK, _PAPER, _GAP = (32, 32, 32), (255, 255, 255), 8
+_HATCH = 10  # pixels from a diagonal line to the next
 
 
 def draw_overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]],
@@ -32,6 +33,14 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequen
     colours = np.asarray(palette, dtype=np.float32)[np.where(known, labels, 0)]
     blended = image + opacity * (colours - image)
     return np.where(known[..., None], blended, image).round().astype(np.uint8)
+
+
+def hatch(image: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Return an image (H, W, 3) uint8 with diagonal lines, light and dark, on the pixels (H, W) of a mask."""
+    rows, columns = np.indices(where.shape, sparse=True)
+    phase = (rows + columns) % _HATCH
+    lines = np.where(where & (phase < 2), 255, np.where(where & (phase < 4), 32, -1))[..., None]
+    return np.where(lines < 0, image, lines).astype(np.uint8)
 
 
 def draw_comparison(image: np.ndarray, truth: np.ndarray | None, prediction: np.ndarray, classes: Sequence[str],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -120,6 +121,22 @@ def remove_partial_checkpoints(folder: Path) -> None:
         for partial in folder.glob(pattern):
             with suppress(FileNotFoundError):
                 partial.unlink()
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what :func:`atomic_write` has left of files in a folder, at any depth, in killed runs."""
+    for partial in folder.rglob('.????????.part*'):
+        with suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def file_digest(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while content := file.read(2**20):
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def fsync(path: Path) -> None:

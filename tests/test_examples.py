@@ -70,3 +70,36 @@ def test_onnx_only_needs_no_torch(trained, mini_root, tmp_path, labels):
     assert np.mean(np.asarray(Image.open(tmp_path / 'o.png')) != np.asarray(result.label_image())) < 1e-3
     printed = dict(line.rsplit(': ', 1) for line in process.stdout.splitlines())
     assert printed.keys() == result.areas().keys()
+
+
+@pytest.mark.slow
+def test_ray_gives_what_predict_gives(trained, tmp_path, tool_here):
+    """On two actors of this machine, from a folder, from paths and from bytes; a file that is no image is named."""
+    pytest.importorskip('ray.data')
+    parquet = pytest.importorskip('pyarrow.parquet')
+    from pyarrow import table
+
+    random = np.random.default_rng(0)
+    for name in ('a.png', 'b/c.png', 'b/d.png'):
+        (tmp_path / 'in' / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (40, 48, 3), np.uint8)).save(tmp_path / 'in' / name)
+    (tmp_path / 'in' / 'bad.jpg').write_bytes(b'text')
+    tool_here('predict', TINY_CONFIG, trained, 'in', '--out', 'expected', '--labels', '--skip-existing',
+              '--precision', 'fp32')  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / 'expected/manifest.jsonl').read_text().splitlines()[1:]]
+    paths = [line['file'] for line in lines]
+    content = [(tmp_path / path).read_bytes() for path in paths]
+    parquet.write_table(table(dict(path=[str(tmp_path / path) for path in paths])), tmp_path / 'paths.parquet')
+    parquet.write_table(table(dict(path=[f'x/{path}' for path in paths], bytes=content)), tmp_path / 'bytes.parquet')
+    for source in ('in', 'paths.parquet', 'bytes.parquet'):
+        out = tmp_path / f'out of {source}'
+        output = run('predict_with_ray.py', TINY_CONFIG, trained, source, '--out', out, '--actors', 2, cwd=tmp_path)
+        assert f'3 images in {out}, 1 could not be read' in output
+        rows = {Path(row['path']).name: row for row in parquet.read_table(out / 'results').to_pylist()}
+        maps = {path.name.split('.')[0]: path.read_bytes() for path in (out / 'labels').rglob('*.png')}
+        assert len(maps) == 3 and 'bad.jpg' in rows and rows['bad.jpg']['reason']
+        for line in lines:
+            if 'reason' not in line:
+                name = Path(line['file'])
+                assert json.loads(rows[name.name]['classes']) == pytest.approx(line['classes'], abs=1e-6)
+                assert maps[name.stem] == (tmp_path / 'expected' / 'labels' / f'{line["output"]}.png').read_bytes()

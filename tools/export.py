@@ -5,7 +5,7 @@ import argparse
 from mmengine.config import Config
 
 from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
-from mmseg_inceptionnext.command_line import ToolParser, add_trust_option, output_file, run
+from mmseg_inceptionnext.command_line import ToolParser, add_trust_option, non_negative_int, output_file, run
 from mmseg_inceptionnext.config import override, read_config
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.export.deepness import RESOLUTION, export_for_deepness
@@ -13,12 +13,6 @@ from mmseg_inceptionnext.export.export import PRECISIONS, export
 from mmseg_inceptionnext.export.quantize import NUMBER, calibration_of_config, calibration_of_folder
 from mmseg_inceptionnext.inference.onnx_model import DTYPES
 from mmseg_inceptionnext.inference.runtimes import RUNTIMES
-
-
-def non_negative_int(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number')
-    return int(text)
 
 
 def main() -> None:
@@ -39,6 +33,9 @@ def main() -> None:
     result.add_argument('--labels', action='store_true', help='return the index of the class of each pixel')
     result.add_argument(
         '--logits', dest='labels', action='store_false', help='return the logits of all classes (default)'
+    )
+    parser.add_argument(
+        '--confidence', action='store_true', help='return the probability of the label of each pixel as well'
     )
     parser.add_argument(
         '--input', dest='dtype', choices=DTYPES, default='uint8', help='type of the values from 0 to 255 (uint8)'
@@ -108,7 +105,7 @@ def main() -> None:
     with trusting_checkpoints(args.trust_checkpoint):
         verified = export(
             config, args.checkpoint, args.out, tuple(args.shape), args.dynamic, args.labels, args.dtype,
-            args.precision, args.verify, images, args.classes, args.device, args.runtime, calibration,
+            args.precision, args.verify, images, args.classes, args.device, args.runtime, calibration, args.confidence,
         )  # fmt: skip
     if verified.shape and verified.shape != tuple(args.shape):
         (height, width), (h, w) = verified.shape, args.shape
@@ -122,12 +119,15 @@ def main() -> None:
         )
         return
     logits = '' if args.labels else f'its logits are within {verified.error:.1e} of the largest, and '
+    if args.confidence:
+        logits += f'the confidence is within {verified.confidence_error:.1e}, and '
     print(f'{size} On {verified.images} images {logits}{verified.differing:.2%} of the labels differ (ties)')
 
 
 def for_program(args: argparse.Namespace, config: str | Config) -> None:
     others = (
         args.labels,
+        args.confidence,
         args.dynamic,
         args.precision != 'fp32',
         args.runtime,

@@ -15,6 +15,7 @@ from mmseg_inceptionnext.command_line import (
     add_precision_option,
     add_trust_option,
     exit_if_any_failed,
+    non_negative_int,
     output_file,
     output_folder,
     positive_int,
@@ -27,6 +28,12 @@ from mmseg_inceptionnext.inference.runtimes import RUNTIMES
 from mmseg_inceptionnext.inference.segmentor import Segmentor
 from mmseg_inceptionnext.inference.sources import Output, find_sources
 
+# Options that mean nothing for maps of a class.
+OF_LABELS = (
+    'opacity', 'legend', 'labels', 'confidence', 'min_confidence', 'batch_size', 'tile', 'overlap', 'blend', 'bands',
+    'scale', 'polygons', 'min_area', 'skip_existing', 'shard', 'precision',
+)  # fmt: skip
+
 
 def share(text: str) -> float:
     value = float(text)
@@ -35,14 +42,8 @@ def share(text: str) -> float:
     return value
 
 
-def tile_side(text: str) -> int | str:
+def number_or_auto(text: str) -> int | str:
     return text if text == 'auto' else positive_int(text)
-
-
-def whole_number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number')
-    return int(text)
 
 
 def band_list(text: str) -> tuple[int, ...]:
@@ -66,11 +67,26 @@ def main() -> None:
     parser.add_argument(
         '--labels', action='store_true', help='label maps, too, coded as annotations: in ADE20K label + 1, 0 unlabelled'
     )
-    parser.add_argument('--batch-size', metavar='N', type=positive_int, default=1, help='images or tiles at once (1)')
     parser.add_argument(
-        '--tile', metavar='N|auto', type=tile_side, help='predict in tiles of N pixels, not resized; auto: if needed'
+        '--confidence', action='store_true', help="the labels' probabilities, too, 255 for 1; of a GeoTIFF a band"
     )
-    parser.add_argument('--overlap', metavar='N', type=whole_number, help='pixels that tiles share (an eighth)')
+    parser.add_argument(
+        '--min-confidence',
+        metavar='P',
+        type=share,
+        default=0,
+        help='hatch labels below, and code them as 255 or nodata',
+    )
+    parser.add_argument(
+        '--batch-size', metavar='N|auto', type=number_or_auto, default=1, help='images or tiles at once (1)'
+    )
+    parser.add_argument(
+        '--tile',
+        metavar='N|auto',
+        type=number_or_auto,
+        help='predict in tiles of N pixels, unresized; auto: if needed',
+    )
+    parser.add_argument('--overlap', metavar='N', type=non_negative_int, help='pixels that tiles share (an eighth)')
     parser.add_argument('--blend', action='store_true', help="let tiles' weights fall towards their borders")
     parser.add_argument('--bands', metavar='4,3,2', type=band_list, help='bands of a TIFF: red, green and blue')
     parser.add_argument(
@@ -79,13 +95,19 @@ def main() -> None:
     parser.add_argument(
         '--polygons', metavar='FILE', type=output_file, help="polygons of a TIFF's classes, .gpkg or .geojson"
     )
-    parser.add_argument('--min-area', metavar='N', type=whole_number, default=0, help='smallest polygon, in pixels (0)')
+    parser.add_argument(
+        '--min-area', metavar='N', type=non_negative_int, default=0, help='smallest polygon, in pixels (0)'
+    )
     parser.add_argument('--cam', metavar='CLASS', help='where the model looks for a class (Grad-CAM), not overlays')
     parser.add_argument(
         '--cam-layer', metavar='NAME', help='module whose feature map that is (the last stage of the backbone)'
     )
     add_device_option(parser)
     parser.add_argument('--overwrite', action='store_true', help='replace what is in DIR already')
+    parser.add_argument(
+        '--skip-existing', action='store_true', help='leave out what DIR/manifest.jsonl has: go on after a stop'
+    )
+    parser.add_argument('--shard', metavar='I/N', help='predict the I-th of N parts, for N runs that share DIR')
     parser.add_argument(
         '--classes',
         metavar='ade20k|FILE',
@@ -107,15 +129,15 @@ def main() -> None:
         args.checkpoint, args.inputs = None, [args.checkpoint, *args.inputs]
     if args.cam_layer is not None and args.cam is None:
         parser.error('--cam-layer goes with --cam')
-    if args.cam is not None:
-        others = ('labels', 'legend', 'polygons', 'bands', 'scale', 'tile')
-        if given := [name for name in others if getattr(args, name)]:
-            parser.error(f'--{given[0]} does not go with --cam, which draws no label maps')
+    given = [name for name in OF_LABELS if getattr(args, name) != parser.get_default(name)]
+    if given and args.cam is not None:
+        parser.error(f'--{given[0].replace("_", "-")} does not go with --cam, which only draws maps of a class')
     if not args.inputs:
         parser.error('the following arguments are required: input')
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as Ctrl-C does: what is computed is written
-    output = Output(args.out, args.opacity, args.legend, args.labels, args.polygons, args.min_area)
+    output = Output(args.out, args.opacity, args.legend, args.labels, args.polygons, args.min_area,
+                    args.confidence, args.min_confidence)  # fmt: skip
     lines = ()
     if '-' in args.inputs and sys.stdin is not None:
         sys.stdin.reconfigure(errors='surrogateescape')  # names of files are bytes
@@ -123,36 +145,31 @@ def main() -> None:
     sources = find_sources(args.inputs, args.out, lines)
     with trusting_checkpoints(args.trust_checkpoint):
         segmentor = Segmentor(
-            args.config,
-            args.checkpoint,
-            args.device,
-            args.classes,
-            args.fast,
-            args.precision,
-            args.runtime,
-            args.threads,
-            args.tile,
-            args.overlap,
-            args.blend,
-        )
-    columns = [
-        BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn('{task.fields[rate]}'),
-    ]  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task('', total=count_images(sources), rate='')
+            args.config, args.checkpoint, args.device, args.classes, args.fast, args.precision, args.runtime,
+            tile=args.tile, overlap=args.overlap, blend=args.blend,
+        )  # fmt: skip
+        columns = [
+            BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn('{task.fields[rate]}'),
+        ]  # fmt: skip
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task('', total=None, rate='')
 
-        def advance(images: float) -> None:
-            progress.advance(task, images)
-            speed = progress.tasks[0].speed
-            progress.update(task, rate=f'{speed:.2f} images/s' if speed else '')
+            def advance(images: float) -> None:
+                progress.advance(task, images)
+                speed = progress.tasks[0].speed
+                progress.update(task, rate=f'{speed:.2f} images/s' if speed else '')
 
-        if args.cam is None:
-            failures = predict(
-                segmentor, sources, output, args.batch_size, args.overwrite, advance, args.bands, args.scale
-            )
-        else:
-            with trusting_checkpoints(args.trust_checkpoint):
+            def expect(images: int) -> None:
+                progress.update(task, total=images)
+
+            if args.cam is None:
+                failures = predict(
+                    segmentor, sources, output, args.batch_size, args.overwrite, advance, args.bands, args.scale,
+                    args.skip_existing, args.shard, expect,
+                )  # fmt: skip
+            else:
+                expect(count_images(sources))
                 failures = predict_cams(segmentor, sources, output, args.cam, args.cam_layer, args.overwrite, advance)
     print(f'{round(progress.tasks[0].completed)} images in {args.out}')
     exit_if_any_failed(failures)

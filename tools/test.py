@@ -50,6 +50,9 @@ def main() -> None:
         '--report-images', metavar='N', type=positive_int, default=5,
         help='how many of the worst, median and best images the report shows (5)',
     )  # fmt: skip
+    parser.add_argument(
+        '--temperature', choices=('fit',), help='fit what logits are divided by on the validation set, and keep it'
+    )
     add_precision_option(parser, 'fp32')
     add_device_option(parser)
     add_verbose_option(parser)
@@ -67,6 +70,7 @@ def execute(args: argparse.Namespace) -> None:
         cfg, args.checkpoint, out=args.out, show_dir=args.show_dir, fast=args.fast, tta=args.tta,
         report=args.report, report_images=args.report_images,
         need_figures=bool(args.json or args.report or not pictures), precision=args.precision,
+        details=args.temperature is not None, temperature=args.temperature,
     )  # fmt: skip
     if not is_main_process():
         return
@@ -75,7 +79,7 @@ def execute(args: argparse.Namespace) -> None:
         return
     if args.json:
         write_text(args.json, json.dumps(figures, indent=2) + '\n')
-    print(', '.join(f'{key} {value}' for key, value in figures.items() if key != 'per_class'))
+    print(', '.join(f'{key} {value}' for key, value in figures.items() if not isinstance(value, dict)))
     if args.report:
         print(f'Report: {args.report / "index.html"}')
 

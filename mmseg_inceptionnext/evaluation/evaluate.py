@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.dist import is_main_process
+from mmengine.dist import barrier, is_main_process
 from mmengine.evaluator import BaseMetric
 from mmengine.model import is_model_wrapper
 from mmseg.models.segmentors import EncoderDecoder
@@ -22,11 +22,14 @@ from mmseg_inceptionnext.data.ignore_index import use_one_ignore_index
 from mmseg_inceptionnext.data.pipeline import missing_ground_truth, remove_ground_truth, use_multi_scale
 from mmseg_inceptionnext.distributed import init_process_group
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.evaluation.metrics import ConfusionMetric, PerClassIoUMetric
+from mmseg_inceptionnext.evaluation.boundary import BoundaryIoUMetric
+from mmseg_inceptionnext.evaluation.calibration import CalibrationMetric, TemperatureMetric
+from mmseg_inceptionnext.evaluation.metrics import ConfusionMetric, PerClassIoUMetric, mean_of_classes, rounded
 from mmseg_inceptionnext.evaluation.report import write_report
 from mmseg_inceptionnext.inference.multi_scale_segmentor import MultiScaleSegmentor
 from mmseg_inceptionnext.inference.optimize import made_for
 from mmseg_inceptionnext.inference.precision import AutoPrecision, check_precision
+from mmseg_inceptionnext.inference.temperature import read_temperature, write_temperature
 from mmseg_inceptionnext.labels import check_same_classes
 from mmseg_inceptionnext.models.weights import load_segmentor
 from mmseg_inceptionnext.training.runner import SafeRunner
@@ -34,7 +37,8 @@ from mmseg_inceptionnext.training.runner import SafeRunner
 
 def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None, show_dir: str | Path | None = None,
              fast: bool = True, tta: bool = False, report: str | Path | None = None,
-             report_images: int = 5, need_figures: bool = True, precision: str = 'fp32') -> dict | None:  # fmt: skip
+             report_images: int = 5, need_figures: bool = True, precision: str = 'fp32',
+             details: bool = False, temperature: str | None = None) -> dict | None:  # fmt: skip
     """Evaluate a trained segmentor on the test set.
 
     Args:
@@ -50,18 +54,25 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
             ``show_dir``. There is none if the config has ``test_evaluator.format_only`` or no ``seg_map_path``, or if
             that folder does not exist.
         precision: 'fp32', 'bf16', or 'auto': the faster of the two, which race for about a second on the first images.
+        details: Compute calibration and boundary IoU as well; with a report always.
+        temperature: 'fit': fit one on the validation set first, and store it beside the checkpoint
+            (:mod:`mmseg_inceptionnext.inference.temperature`). A stored one is used for the calibration; a multi-scale
+            test averages probabilities without it.
 
     Returns:
         ``{'mIoU', 'mAcc', 'aAcc', 'per_class': {name: {'IoU', 'Acc'}}}`` in percent, and all other metrics that the
         config asks for, such as 'mDice' and 'Dice' of each class. IoU is None for a class that is neither in the ground
         truth nor predicted, Acc for one that is not in the ground truth. Without ground truth, None instead of the
-        dict.
+        dict. With details, 'mBoundaryIoU' and 'BoundaryIoU' of each class, 'ECE', and under 'calibration' what
+        :func:`~mmseg_inceptionnext.evaluation.calibration.calibration` returns, and the temperature.
 
     Raises:
         UserError: The data set, the checkpoint or the metric cannot be read or does not fit the config, or there is no
             such precision.
     """
     check_precision(precision)
+    if temperature not in (None, 'fit'):
+        raise UserError(f"temperature={temperature!r} must be 'fit', or be left out")
     require(cfg, 'model', 'test_dataloader', 'test_evaluator', 'test_cfg')
     cfg = copy.deepcopy(cfg)
     use_one_ignore_index(cfg)
@@ -84,22 +95,20 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
         metric_cfg.output_dir = str(out)
     elif no_truth:
         cfg.test_evaluator = []  # pictures alone
+    kept = {'ignore_index': metric_cfg.ignore_index} if 'ignore_index' in metric_cfg else {}
+    if temperature == 'fit':
+        _fit_temperature(cfg, content, checkpoint, fast, precision, kept)
+    temperature = 1.0 if tta else read_temperature(checkpoint)
+    details = (details or report is not None) and not no_truth
     if report is not None:
-        kept = {'ignore_index': metric_cfg.ignore_index} if 'ignore_index' in metric_cfg else {}
         cfg.test_evaluator = [*_listed(cfg.test_evaluator), dict(type='ConfusionMetric', **kept)]
+    if details:
+        more = [dict(type='CalibrationMetric', temperature=temperature, **kept), dict(type='BoundaryIoUMetric', **kept)]
+        cfg.test_evaluator = [*_listed(cfg.test_evaluator), *more]
     if show_dir is not None:
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='OverlayHook', out_dir=str(show_dir))]
 
-    # The weights of a checkpoint are the averages already.
-    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') != 'EMAHook']
-    cfg.update(resume=False, load_from=None)  # the config may be one that a resumed run has written
-    runner = SafeRunner.from_cfg(cfg)
-    load_segmentor(runner.model, content, checkpoint)
-    check_same_classes(content, checkpoint, runner.test_dataloader.dataset.metainfo['classes'])
-    if is_model_wrapper(runner.model):
-        runner.model.module = _prepared(runner.model.module, fast, tta, precision)
-    else:
-        runner.model = _prepared(runner.model, fast, tta, precision)
+    runner = _runner(cfg, content, checkpoint, fast, tta, precision)
     if out is not None or show_dir is not None:
         _check_names_differ(runner.test_dataloader.dataset)
     metrics = runner.test()
@@ -111,10 +120,55 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
     per_class = figures.pop('per_class')
     figures |= {key: float(value) for key, value in metrics.items() if key not in figures and isinstance(value, Real)}
     figures['per_class'] = per_class
+    if details:
+        ious = _metric(runner, BoundaryIoUMetric).ious
+        for row, iou in zip(per_class.values(), ious, strict=True):
+            others = {key: row.pop(key) for key in list(row) if key != 'IoU'}
+            row |= dict(BoundaryIoU=rounded(iou)) | others
+        calibration = dict(_metric(runner, CalibrationMetric).figures)
+        figures |= dict(mBoundaryIoU=rounded(mean_of_classes(ious)), ECE=calibration.pop('ECE'))
+        figures['per_class'] = figures.pop('per_class')
+        figures['calibration'] = calibration | dict(temperature=temperature)
     if report is not None:
         images = _metric(runner, ConfusionMetric).images
         write_report(report, figures, images, runner.test_dataloader.dataset.metainfo, cfg, checkpoint, report_images)
     return figures
+
+
+def _runner(cfg: Config, content: dict, checkpoint: str | Path, fast: bool, tta: bool, precision: str) -> SafeRunner:
+    """Return a runner whose model is ready for the test loop."""
+    # The weights of a checkpoint are the averages already.
+    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') != 'EMAHook']
+    cfg.update(resume=False, load_from=None)  # the config may be one that a resumed run has written
+    runner = SafeRunner.from_cfg(cfg)
+    load_segmentor(runner.model, content, checkpoint)
+    check_same_classes(content, checkpoint, runner.test_dataloader.dataset.metainfo['classes'])
+    if is_model_wrapper(runner.model):
+        runner.model.module = _prepared(runner.model.module, fast, tta, precision)
+    else:
+        runner.model = _prepared(runner.model, fast, tta, precision)
+    return runner
+
+
+def _fit_temperature(cfg: Config, content: dict, checkpoint: str | Path, fast: bool, precision: str,
+                     kept: dict) -> None:  # fmt: skip
+    """Fit a temperature on the validation set, and store it beside the checkpoint."""
+    require(cfg, 'val_dataloader')
+    cfg = copy.deepcopy(cfg)
+    if no_truth := missing_ground_truth(cfg.val_dataloader.dataset):
+        raise UserError(f"temperature='fit' needs the masks of the validation set, but {no_truth}: correct it")
+    cfg.test_dataloader, cfg.custom_hooks = cfg.val_dataloader, []
+    check_data(cfg, 'test')
+    cfg.test_evaluator = [dict(type='TemperatureMetric', **kept)]
+    runner = _runner(cfg, content, checkpoint, fast, False, precision)
+    metric = _metric(runner, TemperatureMetric)
+    metric.spread_over(len(runner.test_dataloader.dataset))
+    runner.test()
+    if is_main_process():
+        path = write_temperature(checkpoint, metric.fitted)
+        text = '{temperature}: on {pixels} pixels, the negative log-likelihood is {nll_after:.4f}, not {nll_before:.4f}'
+        say(f'temperature {text.format(**metric.fitted)}. It is kept in {path}')
+    barrier()
 
 
 def _metric(runner: SafeRunner, kind: type) -> BaseMetric:

@@ -21,6 +21,7 @@ from mmseg_inceptionnext.labels import Classes, codes_of_meta, ignore_index_of, 
 TITLES = {
     'mIoU': 'mean IoU', 'mAcc': 'mean accuracy', 'mDice': 'mean Dice', 'mFscore': 'mean F-score',
     'mPrecision': 'mean precision', 'mRecall': 'mean recall', 'aAcc': 'pixel accuracy',
+    'mBoundaryIoU': 'mean boundary IoU', 'ECE': 'expected calibration error',
 }  # fmt: skip
 # What mmseg's IoUMetric computes for each name that iou_metrics can ask for, besides aAcc.
 FIGURES = {'mIoU': ('mIoU', 'mAcc'), 'mDice': ('mDice', 'mAcc'), 'mFscore': ('mFscore', 'mPrecision', 'mRecall')}
@@ -79,21 +80,25 @@ class PerClassIoUMetric(IoUMetric):
             overall = 100 * float(ratios.pop('aAcc'))
             names = (name.strip() for name in self.dataset_meta['classes'])
             self.figures = {
-                **{f'm{kind}': _rounded(metrics.get(f'm{kind}', 100 * _mean(row))) for kind, row in ratios.items()},
-                'aAcc': _rounded(overall),
+                **{
+                    f'm{kind}': rounded(metrics.get(f'm{kind}', 100 * mean_of_classes(row)))
+                    for kind, row in ratios.items()
+                },
+                'aAcc': rounded(overall),
                 'per_class': {
-                    name: dict(zip(ratios, (_rounded(100 * value) for value in row), strict=True))
+                    name: dict(zip(ratios, (rounded(100 * value) for value in row), strict=True))
                     for name, *row in zip(names, *ratios.values(), strict=True)
                 },
             }
         return metrics
 
 
-def _mean(of_classes: np.ndarray) -> float:
+def mean_of_classes(of_classes: np.ndarray) -> float:
+    """Return the mean over the classes that have a figure; NaN if none has."""
     return np.nan if np.isnan(of_classes).all() else np.nanmean(of_classes)
 
 
-def _rounded(percent: float) -> float | None:
+def rounded(percent: float) -> float | None:
     """Round to two decimals, as mmseg prints; None stands for NaN, which JSON lacks."""
     return None if np.isnan(percent) else round(float(percent), 2)
 

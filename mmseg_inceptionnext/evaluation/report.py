@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 import platform
@@ -28,7 +27,7 @@ from PIL import Image
 from mmseg_inceptionnext.device import device_name
 from mmseg_inceptionnext.drawing import draw_overlay
 from mmseg_inceptionnext.evaluation.metrics import TITLES, EvaluatedImage, ious, total_confusion
-from mmseg_inceptionnext.files import write_text
+from mmseg_inceptionnext.files import file_digest, write_text
 from mmseg_inceptionnext.images import local_or_content, read_picture
 from mmseg_inceptionnext.labels import ignore_index_of
 from mmseg_inceptionnext.version import __version__
@@ -57,13 +56,14 @@ def write_report(folder: str | Path, figures: dict, images: Sequence[EvaluatedIm
     palette = [tuple(map(int, colour)) for colour in meta['palette']]
     confusion = total_confusion(images, len(classes))
     ranked = sorted((image for image in images if len(image.pairs)), key=lambda image: image.miou)
-    headline = {key: value for key, value in figures.items() if key != 'per_class'}
+    headline = {key: value for key, value in figures.items() if key not in ('per_class', 'calibration')}
     report = {
         **headline,
         'per_class': {
             name: {**figures['per_class'][name], 'pixels': int(pixels)}
             for name, pixels in zip(classes, confusion.sum(1), strict=True)
         },
+        'calibration': figures['calibration'],
         'confused_pairs': confused_classes(confusion, classes),
         'images': [
             {'path': image.path, 'mIoU': round(image.miou, 2), 'aAcc': round(image.aacc, 2)} for image in ranked
@@ -87,6 +87,7 @@ def write_report(folder: str | Path, figures: dict, images: Sequence[EvaluatedIm
         labelled_pixels=int(confusion.sum()),
         pairs=report['confused_pairs'][:_PAIRS_SHOWN],
         heat_map=_heat_map(confusion, classes) if confusion.any() else None,  # all may be unlabelled
+        calibration=_calibration_charts(figures['calibration']) if confusion.any() else None,
         galleries={
             title: [_panels(image, classes, palette) for image in chosen]
             for title, chosen in choose_images(ranked, num_images).items()
@@ -136,7 +137,7 @@ def _run(checkpoint: str | Path) -> dict:
     return {
         'command': shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         'checkpoint': str(checkpoint),
-        'sha256': hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
+        'sha256': file_digest(checkpoint),
         'date': datetime.now().astimezone().isoformat(timespec='seconds'),
         'device': device_name(get_device()),
         'versions': {
@@ -165,6 +166,28 @@ def _heat_map(confusion: np.ndarray, classes: Sequence[str]) -> str:
             if (share := shares[y, j]) >= 1:
                 axes.text(x, y, f'{share:.0f}', ha='center', va='center', fontsize=8,
                           fontweight='bold' if i == j else None, color='white' if share > 55 else 'black')  # fmt: skip
+    file = io.BytesIO()
+    figure.savefig(file, format='svg')
+    return _data_uri(file.getvalue(), 'svg+xml')
+
+
+def _calibration_charts(calibration: dict) -> str:
+    """Draw the reliability diagram, and accuracy against coverage; return an SVG as data URI."""
+    figure = Figure(figsize=(10, 4.2), layout='constrained', facecolor='white')
+    left, right = figure.subplots(1, 2)
+    bins = [row for row in calibration['reliability'] if row['pixels']]
+    total = sum(row['pixels'] for row in bins)
+    middles = [50 * (row['low'] + row['high']) for row in bins]
+    left.bar(middles, [100 * row['pixels'] / total for row in bins], 100 / len(calibration['reliability']),
+             color='#dde2e8', label='% of the pixels')  # fmt: skip
+    left.plot([0, 100], [0, 100], color='#667', linestyle=':')
+    left.plot([row['confidence'] for row in bins], [row['accuracy'] for row in bins], 'o-', color='#1f77b4',
+              label='accuracy')  # fmt: skip
+    left.set(xlabel='confidence, %', ylabel='%', xlim=(0, 100), ylim=(0, 100))
+    left.legend(loc='upper left')
+    rows = [row for row in calibration['coverage'] if row['accuracy'] is not None]
+    right.plot([row['coverage'] for row in rows], [row['accuracy'] for row in rows], color='#1f77b4')
+    right.set(xlabel='coverage: % of the pixels, the most confident', ylabel='accuracy, %', xlim=(0, 100))
     file = io.BytesIO()
     figure.savefig(file, format='svg')
     return _data_uri(file.getvalue(), 'svg+xml')

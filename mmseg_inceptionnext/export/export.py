@@ -39,6 +39,7 @@ from mmseg_inceptionnext.inference.onnx_model import (
 )
 from mmseg_inceptionnext.inference.runtimes import RUNTIMES, computes_bf16, import_onnx
 from mmseg_inceptionnext.inference.segmentor import load_trained
+from mmseg_inceptionnext.inference.temperature import read_temperature
 from mmseg_inceptionnext.models.build import LARGEST_STRIDE, channels_of, heads_of
 from mmseg_inceptionnext.version import __version__
 
@@ -60,6 +61,7 @@ class Verification:
             largest logit and that of the chosen class. None for int8.
         differing: Share of pixels whose labels differ: ties, which the deviation decides.
         precision: What the file is computed in.
+        confidence_error: Largest deviation of a confidence, if the file returns it.
         quantization: What int8 has lost.
     """
 
@@ -69,6 +71,7 @@ class Verification:
     differing: float
     precision: str
     quantization: Quantization | None = None
+    confidence_error: float | None = None
 
 
 def export(
@@ -86,6 +89,7 @@ def export(
     device: str | torch.device = 'cpu',
     runtime: str | None = None,
     calibration: Calibration | None = None,
+    confidence: bool = False,
 ) -> Verification:
     """Write a segmentor into a file that needs neither this package nor mmseg, and compare what both compute.
 
@@ -106,6 +110,8 @@ def export(
         runtime: 'onnxruntime' (default) or 'openvino': for which the operations of a ``.onnx`` take their fastest form.
             The file is compared in it, and runs in the other as well.
         calibration: Images for 'int8': with these it is compared, not with ``verify`` and ``images``.
+        confidence: Return the probability of each label, (N, H, W) float32, as a second output. The temperature beside
+            the checkpoint is in it.
 
     Raises:
         UserError: The segmentor or its test pipeline cannot be exported; the size is too small; there is nothing to
@@ -122,13 +128,20 @@ def export(
             if calibration is None
             else f"calibrate=DIR goes with precision='int8', not with {precision!r}: drop it"
         )
+    if confidence and precision == 'int8':
+        raise UserError(
+            "confidence=True and precision='int8' exclude each other: quantised probabilities are not compared"
+        )
     check_images(shape, len(calibration.images) if calibration else verify + len(images))
     device = find_device(device)
     cfg, model, found = load_trained(config, checkpoint, classes)
     prepare = resize_transforms(pipeline_for_arrays(leaf_datasets(cfg.test_dataloader.dataset)[0].pipeline))
     if precision == 'auto':
         precision = 'bf16' if runtime == 'openvino' and computes_bf16() else 'fp32'
-    module = ExportableSegmentor(model, labels, runtime, precision, fixed_size=not dynamic)
+    temperature = read_temperature(checkpoint)
+    module = ExportableSegmentor(
+        model, labels, runtime, precision, not dynamic, temperature if confidence else None
+    )  # fmt: skip
     if dynamic and not module.any_size:
         heads = ' and '.join(type(head).__name__ for head in heads_of(model))
         raise UserError(f'{heads} can be exported for one size: drop dynamic=True, and give shape=(H, W)')
@@ -137,6 +150,7 @@ def export(
     contract = Contract(
         found, labels, dtype, None, prepare, model.align_corners, precision, channels_of(model), threshold_of(model),
         str(module.label_dtype).removeprefix('torch.'), runtime or 'onnxruntime',
+        confidence=confidence, temperature=temperature,
     )  # fmt: skip
     if not dynamic:
         contract = dataclasses.replace(contract, shape=_network_size(shape, contract))
@@ -152,7 +166,8 @@ def export(
         with atomic_write(out) as path:
             if not is_onnx(out):
                 return _compare(_write_pt2(program, contract, path, device), model, pictures, contract)
-            onnx_model = to_onnx(program, 'labels' if labels else 'logits')
+            names = ['labels' if labels else 'logits', *(['confidence'] if confidence else [])]
+            onnx_model = to_onnx(program, *names)
             _name_sizes(onnx_model, contract)
             if calibration is None:
                 return _compare(_write_onnx(onnx_model, contract, path), model, pictures, contract)
@@ -261,28 +276,33 @@ def _versions() -> dict[str, str]:
 
 
 def _write_pt2(program: ExportedProgram, contract: Contract, path: Path,
-               device: torch.device) -> Callable[[np.ndarray], np.ndarray]:  # fmt: skip
+               device: torch.device) -> Callable[[np.ndarray], list[np.ndarray]]:  # fmt: skip
     content = BytesIO()  # torch aborts the process where it cannot write into a file
     torch.export.save(program, content, extra_files={'metadata.json': json.dumps(contract.metadata(_versions()))})
     path.write_bytes(content.getbuffer())
     module = torch.export.load(path).module()
     dtype = getattr(torch, contract.dtype)
-    return lambda images: module(torch.from_numpy(images).to(device, dtype)).cpu().numpy()
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        found = module(torch.from_numpy(images).to(device, dtype))
+        return [x.cpu().numpy() for x in (found if isinstance(found, tuple) else (found,))]
+
+    return run
 
 
-def to_onnx(program: ExportedProgram, output: str):
+def to_onnx(program: ExportedProgram, *outputs: str):
     """Return a program as an ONNX model whose input is called 'image'.
 
     Args:
         program: What was traced.
-        output: Name of its output.
+        outputs: Names of its outputs.
 
     Raises:
         UserError: torch is too old, or it needs an operator that is not run from a file.
     """
     try:
         model = torch.onnx.export(
-            program, dynamo=True, input_names=['image'], output_names=[output], verbose=False
+            program, dynamo=True, input_names=['image'], output_names=list(outputs), verbose=False
         ).model_proto
     except torch.onnx.OnnxExporterError as error:
         raise UserError(
@@ -303,7 +323,7 @@ def to_onnx(program: ExportedProgram, output: str):
     return model
 
 
-def _write_onnx(model, contract: Contract, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+def _write_onnx(model, contract: Contract, path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
     onnx = import_onnx('onnx')
     versions = _versions() | {'onnx': onnx.__version__}
     if contract.precision == 'int8':
@@ -312,7 +332,7 @@ def _write_onnx(model, contract: Contract, path: Path) -> Callable[[np.ndarray],
     onnx.helper.set_model_props(model, contract.metadata(versions))
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString())
-    return OnnxModel(path, contract.runtime).run
+    return OnnxModel(path, contract.runtime).outputs
 
 
 def _write_int8(model_proto, contract: Contract, path: Path, model: EncoderDecoder, parameters: set[str],
@@ -324,7 +344,7 @@ def _write_int8(model_proto, contract: Contract, path: Path, model: EncoderDecod
 
     def both_labels(image: str) -> tuple[Tensor, Tensor]:
         pixels = real_image(image, contract)
-        maps = mmseg_logits(model, pixels), torch.from_numpy(run(pixels))
+        maps = mmseg_logits(model, pixels), torch.from_numpy(run(pixels)[0])
         if contract.threshold is not None:
             maps = [x if x.ndim == 3 else two_logits(x, contract.threshold) for x in maps]
         expected, result = (x if x.ndim == 3 else x.argmax(1) for x in maps)
@@ -346,14 +366,15 @@ def _name_sizes(model, contract: Contract) -> None:
         del model.graph.value_info[:]
 
 
-def _compare(run: Callable[[np.ndarray], np.ndarray], model: EncoderDecoder, pictures: Sequence[np.ndarray],
+def _compare(run: Callable[[np.ndarray], list[np.ndarray]], model: EncoderDecoder, pictures: Sequence[np.ndarray],
              contract: Contract) -> Verification:  # fmt: skip
     tolerance = TOLERANCES[contract.precision]
-    worst, differing, pixels = 0.0, 0, 0
+    worst, worst_confidence, differing, pixels = 0.0, 0.0, 0, 0
     for images in pictures:
-        expected, result = mmseg_logits(model, images), torch.from_numpy(run(images))
+        logits, (result, *confidence) = mmseg_logits(model, images), map(torch.from_numpy, run(images))
+        expected = logits
         if contract.threshold is not None:  # two classes, the first at the threshold
-            expected = two_logits(expected, contract.threshold)
+            expected = two_logits(logits, contract.threshold)
             result = result if contract.labels else two_logits(result, contract.threshold)
         largest = expected.abs().max()
         labels = result.long() if contract.labels else result.argmax(1)
@@ -363,12 +384,26 @@ def _compare(run: Callable[[np.ndarray], np.ndarray], model: EncoderDecoder, pic
         worst = max(worst, (error / largest).item())
         differing += (missed > 0).sum().item()
         pixels += labels.numel()
+        for found in confidence:
+            probabilities = _two(logits).div(contract.temperature).softmax(1)
+            deviation = (found - probabilities.gather(1, labels[:, None])[:, 0]).abs().max()
+            # A probability changes by at most half as much as a difference of logits.
+            worst = max(worst, (deviation * contract.temperature / largest).item())
+            worst_confidence = max(worst_confidence, deviation.item())
         if not worst <= tolerance:
             raise UserError(
                 f'the exported segmentor deviates by {worst:.1e} of the largest logit, more than {tolerance:.0e}, '
                 f'on an image of {images.shape[3]}×{images.shape[2]}: nothing is written'
             )
-    return Verification(contract.shape, sum(map(len, pictures)), worst, differing / pixels, contract.precision)
+    return Verification(
+        contract.shape, sum(map(len, pictures)), worst, differing / pixels, contract.precision,
+        confidence_error=worst_confidence if contract.confidence else None,
+    )  # fmt: skip
+
+
+def _two(logits: Tensor) -> Tensor:
+    """Return logits whose softmax has a probability for each class: of a single logit, those of 0 and itself."""
+    return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
 
 
 @torch.no_grad()

@@ -28,6 +28,8 @@ from mmseg_inceptionnext.models.winograd import WinogradConv2d
 class ExportableSegmentor(nn.Module):
     """From pixels to logits or labels of the same size: normalisation, network, up-sampling, argmax or threshold.
 
+    With a temperature, it also returns the probability of each label, by which logits are divided for it.
+
     Norms are folded. UPerHead is computed at low resolution (:class:`ExportableUPerHead`). With it and with FPNHead all
     sizes are read from the input at run time, so that an export may leave them open (:attr:`any_size`). Other heads,
     and cascades of them, are taken as they are.
@@ -38,11 +40,12 @@ class ExportableSegmentor(nn.Module):
             its probability is above the head's threshold.
         runtime: 'onnxruntime' or 'openvino', whose fastest form the operations take; None for any.
         precision: What it computes in: 'fp32', or less.
+        temperature: Return confidence as well; what logits are divided by. None for none.
         fixed_size: The export fixes the size. Then the widest 3×3 convolutions of a UPerHead are computed by Winograd's
             algorithm, if in float32, and labels in blocks of rows.
 
     Input: (N, 3, H, W), RGB from 0 to 255, of any dtype. Output: logits (N, classes, H, W), float32, or labels
-    (N, H, W), of :attr:`label_dtype`.
+    (N, H, W), of :attr:`label_dtype`; with a temperature also confidence (N, H, W), float32.
 
     Attributes:
         any_size (bool): Whether an export may leave the sizes open.
@@ -53,12 +56,13 @@ class ExportableSegmentor(nn.Module):
     """
 
     def __init__(self, model: EncoderDecoder, labels: bool, runtime: str | None = None, precision: str = 'fp32',
-                 fixed_size: bool = False):  # fmt: skip
+                 fixed_size: bool = False, temperature: float | None = None):  # fmt: skip
         super().__init__()
         _check(model)
         is_uper_head = _is_exportable_uper_head(heads_of(model)[0])
         model = copy.deepcopy(model).eval().requires_grad_(False)
         fold_norms(model)
+        self.temperature = temperature
         preprocessor, self.labels, self.runtime, self.fixed_size = model.data_preprocessor, labels, runtime, fixed_size
         self.is_bgr = _takes_bgr(preprocessor)
         self.register_buffer('mean', preprocessor.mean if preprocessor._enable_normalize else torch.zeros(1, 1, 1))
@@ -78,7 +82,7 @@ class ExportableSegmentor(nn.Module):
                     setattr(module, name, UpsampleByTwo(self.align_corners))
         self.requires_grad_(False)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         x = (image.flip(1) if self.is_bgr else image).float()
         x = ((x - self.mean.float()) / self.std.float()).to(next(self.backbone.parameters()).dtype)
         features = self.neck(self.backbone(x))
@@ -88,19 +92,34 @@ class ExportableSegmentor(nn.Module):
             logits = head(features, logits)
         logits, size = logits.float(), image.shape[2:]
         if self.labels and self.threshold is None and self.fixed_size and self.runtime:
-            labels = labels_in_blocks(logits, size, self.align_corners, channels_last=self.runtime == 'onnxruntime')
-            return labels.to(self.label_dtype)
+            labels, confidence = labels_in_blocks(
+                logits, size, self.align_corners, self.runtime == 'onnxruntime', self.temperature
+            )
+            labels = labels.to(self.label_dtype)
+            return labels if confidence is None else (labels, confidence)
         logits = F.interpolate(logits, size, mode='bilinear', align_corners=self.align_corners)
-        if not self.labels:
+        if self.temperature is None and not self.labels:
             return logits
         labels = logits.argmax(1) if self.threshold is None else (logits.sigmoid() > self.threshold)[:, 0]
-        return labels.to(self.label_dtype)
+        found = labels.to(self.label_dtype) if self.labels else logits
+        if self.temperature is None:
+            return found
+        if self.threshold is None:
+            return found, largest_probability(logits, 1, self.temperature)
+        sign = 2 * labels.to(logits.dtype) - 1
+        return found, (sign * logits[:, 0] / self.temperature).sigmoid()
+
+
+def largest_probability(logits: Tensor, dim: int, temperature: float) -> Tensor:
+    """Return the largest probability of the classes along a dimension, which disappears."""
+    return 1 / ((logits - logits.amax(dim, keepdim=True)) / temperature).exp().sum(dim)
 
 
 _LABEL_ROWS = 32  # rows of a block of labels: its logits stay in the cache
 
 
-def labels_in_blocks(logits: Tensor, size: tuple[int, int], align_corners: bool, channels_last: bool) -> Tensor:
+def labels_in_blocks(logits: Tensor, size: tuple[int, int], align_corners: bool, channels_last: bool,
+                     temperature: float | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Up-sample logits bilinearly by matrix products, and take the argmax, a block of rows after the other.
 
     A row of the result depends on two rows of the logits, so that a block of 32 rows needs a band of the matrix over
@@ -111,9 +130,10 @@ def labels_in_blocks(logits: Tensor, size: tuple[int, int], align_corners: bool,
         size: H and W.
         align_corners: Argument of ``torch.nn.functional.interpolate``.
         channels_last: Take the argmax over the innermost dimension: faster in ONNX Runtime, slower in OpenVINO.
+        temperature: What logits are divided by for probabilities.
 
     Returns:
-        (N, H, W), int64.
+        (N, H, W), int64, and with a temperature the probabilities of these labels, (N, H, W) float32.
     """
     rows, columns = (
         interpolation_matrices(old, new, align_corners, logits)[1]
@@ -121,15 +141,18 @@ def labels_in_blocks(logits: Tensor, size: tuple[int, int], align_corners: bool,
     )
     # (N, h, W·classes) or (N, classes, h, W)
     x = (columns @ logits.permute(0, 2, 3, 1)).flatten(2) if channels_last else logits @ columns.T
-    blocks = []
+    blocks, confidence = [], []
     for start in range(0, size[0], _LABEL_ROWS):
         low, high = source_band(start, start + _LABEL_ROWS, logits.shape[2], size[0], align_corners)
         band = rows[start : start + _LABEL_ROWS, low:high]
         if channels_last:
-            blocks.append((band @ x[:, low:high]).unflatten(2, (size[1], -1)).argmax(3))
+            block, classes = (band @ x[:, low:high]).unflatten(2, (size[1], -1)), 3
         else:
-            blocks.append((band @ x[:, :, low:high]).argmax(1))
-    return torch.cat(blocks, dim=1)
+            block, classes = band @ x[:, :, low:high], 1
+        blocks.append(block.argmax(classes))
+        if temperature is not None:
+            confidence.append(largest_probability(block, classes, temperature))
+    return torch.cat(blocks, dim=1), torch.cat(confidence, dim=1) if confidence else None
 
 
 def threshold_of(model: EncoderDecoder) -> float | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmseg_inceptionnext.drawing import save_picture
 from mmseg_inceptionnext.errors import MissingPackage, UserError
 from mmseg_inceptionnext.images import as_rgb
+from mmseg_inceptionnext.inference.manifest import Manifest
 from mmseg_inceptionnext.inference.sources import Output, Source
 from mmseg_inceptionnext.models.build import heads_of
 from mmseg_inceptionnext.models.metanext import MetaNeXt
@@ -97,12 +98,16 @@ def predict_cams(
         Why files could not be read, ``{path: message}``.
 
     Raises:
-        UserError: A source is a video; an output exists, and ``overwrite`` is not set, or it is one of the sources; or
-            there is no such class or layer.
+        UserError: A source is a video; the folder has a manifest; an output exists, and ``overwrite`` is not set, or it
+            is one of the sources; or there is no such class or layer.
     """
     if videos := [source.path for source in sources if source.is_video]:
         raise UserError(f'{videos[0]} is a video: maps of a class are for images')
-    existing = output.existing(sources)
+    if Manifest.is_in(output.folder):
+        raise UserError(
+            f'{output.folder} has a manifest, which says that its files are overlays: choose another out=DIR'
+        )
+    existing = [path for path in map(output.overlay_of, sources) if path.exists()]
     inputs = {os.path.realpath(source.path) for source in sources}
     if own := [path for path in existing if os.path.realpath(path) in inputs]:
         raise UserError(f'{own[0]} would be written, but is one of the images to read: choose another out=DIR')

@@ -9,6 +9,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.errors import MissingPackage, UnreadableFile, UserError, first_sentence
 from mmseg_inceptionnext.files import atomic_write
 from mmseg_inceptionnext.inference.polygons import Polygon, Polygonizer
-from mmseg_inceptionnext.inference.segmentor import Segmentor
+from mmseg_inceptionnext.inference.segmentor import Segmentor, confidence_bytes, shares_of
 from mmseg_inceptionnext.inference.tiles import Region
 from mmseg_inceptionnext.inference.tiling import Strip
 from mmseg_inceptionnext.labels import Classes
@@ -51,7 +52,9 @@ def segment_raster(
     min_area: int = 0,
     batch_size: int = 1,
     on_progress: Callable[[float], None] = lambda share: None,
-) -> None:
+    confidence: bool = False,
+    min_confidence: float = 0,
+) -> dict[str, float]:
     """Segment a TIFF into a GeoTIFF of labels, and polygons. It is read and written in windows if it is in tiles.
 
     The labels are coded as the data set's annotations are, with the classes' colours as palette, and have the CRS and
@@ -69,6 +72,11 @@ def segment_raster(
         min_area: Polygons of fewer pixels are left out.
         batch_size: Tiles in one forward pass.
         on_progress: Called with the share of the image that was segmented since the last call.
+        confidence: Write the labels' probabilities as the last band, 255 for 1. Such a file has no palette.
+        min_confidence: Pixels whose label is less probable have no data in the output.
+
+    Returns:
+        ``{name: share}`` of the pixels with data, of the classes that are in the image, largest first.
 
     Raises:
         UnreadableFile: The image is no TIFF, damaged, or its values are not known to be what the model takes.
@@ -78,20 +86,30 @@ def segment_raster(
     with Raster(path, segmentor.channels, bands, scale) as raster, ExitStack() as files:
         tile = segmentor.tiles and segmentor.tiles.tile_of(raster.size)
         if tile is None:
-            strips = _whole(segmentor, raster)
+            strips = _whole(segmentor, raster, confidence or min_confidence > 0)
         else:
-            strips = segmentor.tiles.strips(raster.size, raster.read, tile, batch_size)
+            temperature = segmentor.temperature if confidence or min_confidence else None
+            strips = segmentor.tiles.strips(raster.size, raster.read, tile, batch_size, temperature)
             raster.hold_rows(tile)
         if raster.crs is None:
             say(f'{path} has no CRS: the outputs have its pixels as coordinates, or those of its transform')
-        sinks = [files.enter_context(_Labels(files.enter_context(atomic_write(Path(out))), raster, segmentor.classes))]
+        partial = files.enter_context(atomic_write(Path(out)))
+        has_nodata = raster.has_nodata or min_confidence > 0
+        sinks = [files.enter_context(_Labels(partial, raster, segmentor.classes, has_nodata, confidence))]
         if polygons is not None:
             partial = files.enter_context(atomic_write(Path(polygons)))
             sinks.append(files.enter_context(_Polygons(partial, raster, segmentor.classes, min_area)))
+        pixels = np.zeros(len(segmentor.classes.names), np.int64)
         for strip in strips:
+            if min_confidence:
+                is_sure = strip.confidence >= min_confidence
+                strip = replace(strip, valid=is_sure if strip.valid is None else strip.valid & is_sure)
             for sink in sinks:
                 sink.add(strip)
+            known = strip.labels.ravel() if strip.valid is None else strip.labels[strip.valid]
+            pixels += np.bincount(known, minlength=len(pixels))
             on_progress(len(strip.labels) / raster.size[0])
+    return shares_of(pixels, segmentor.classes.names)
 
 
 def _open(path: Path, **options):
@@ -102,10 +120,10 @@ def _open(path: Path, **options):
         return rasterio.open(path, **options)
 
 
-def _whole(segmentor: Segmentor, raster: Raster) -> Iterator[Strip]:
+def _whole(segmentor: Segmentor, raster: Raster, with_confidence: bool) -> Iterator[Strip]:
     pixels, valid = raster.read(Region(0, raster.size[0], 0, raster.size[1]))
     (result,) = segmentor.predict([segmentor.prepare(pixels)])
-    yield Strip(0, result.labels, valid)
+    yield Strip(0, result.labels, valid, result.confidence if with_confidence else None)
 
 
 class Raster:
@@ -247,19 +265,22 @@ class _Labels:
     GDAL reports a full disk while it writes blocks, but not when it ends a file. So the file is read again.
     """
 
-    def __init__(self, path: Path, raster: Raster, classes: Classes):
-        self._path, self._rasterio, self._classes = path, import_rasterio(), classes
+    def __init__(self, path: Path, raster: Raster, classes: Classes, has_nodata: bool, confidence: bool):
+        self._path, self._rasterio, self._classes, self._confidence = path, import_rasterio(), classes, confidence
         example = classes.encode(np.zeros((1, 1), np.int16))
         self._is_rgb = example.ndim == 3
         profile = dict(
-            driver='GTiff', height=raster.size[0], width=raster.size[1], count=3 if self._is_rgb else 1,
+            driver='GTiff', height=raster.size[0], width=raster.size[1],
+            count=(3 if self._is_rgb else 1) + confidence,
             dtype=example.dtype, crs=raster.crs, tiled=True, blockxsize=_BLOCK, blockysize=_BLOCK, compress='deflate',
             BIGTIFF='IF_SAFER',
         )  # fmt: skip
         if self._is_rgb:
             profile.update(photometric='rgb', interleave='pixel')
+        if confidence:
+            profile['alpha'] = 'unspecified'
         self._nodata = None
-        if raster.has_nodata:
+        if has_nodata:
             self._nodata = profile['nodata'] = _unused_code(classes)
             if self._nodata > 255:
                 profile['dtype'] = np.uint16
@@ -271,7 +292,9 @@ class _Labels:
             self._file = _open(path, mode='w', **profile)
             if raster.gcps[0]:
                 self._file.gcps = raster.gcps
-            if not self._is_rgb:
+            if confidence:
+                self._file.set_band_description(self._file.count, 'confidence')
+            elif not self._is_rgb:
                 colours = zip(classes.codes, classes.palette, strict=True)
                 self._file.write_colormap(1, {code: colour for code, colour in colours if code < 256 or
                                               self._dtype == np.uint16})  # fmt: skip
@@ -284,6 +307,8 @@ class _Labels:
         values = self._classes.encode(strip.labels).astype(self._dtype, copy=False)
         if strip.valid is not None:
             values[~strip.valid] = self._nodata
+        if self._confidence:
+            values = np.dstack([values, self._confidence_of(strip)])
         self._rows.append(values)
         ready = sum(map(len, self._rows)) // _BLOCK * _BLOCK
         if ready:
@@ -291,8 +316,17 @@ class _Labels:
             self._rows = [values[ready:]]
             self._write(values[:ready])
 
+    def _confidence_of(self, strip: Strip) -> np.ndarray:
+        """Return a band whose values are never those of nodata, but where there are none."""
+        values = confidence_bytes(strip.confidence).astype(self._dtype)
+        if self._nodata is not None:
+            values[values == self._nodata] = self._nodata - 1 if self._nodata else 1
+        if strip.valid is not None:
+            values[~strip.valid] = self._nodata
+        return values
+
     def _write(self, values: np.ndarray) -> None:
-        bands = np.ascontiguousarray(values.transpose(2, 0, 1) if self._is_rgb else values[None])
+        bands = np.ascontiguousarray(values.transpose(2, 0, 1) if values.ndim == 3 else values[None])
         self._sums.append((self._window(self._row, len(values)), zlib.crc32(bands)))
         with self._named_errors():
             self._file.write(bands, window=self._sums[-1][0])

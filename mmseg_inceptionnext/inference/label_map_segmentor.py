@@ -14,13 +14,14 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
+from mmseg_inceptionnext.inference.confidence import ClassLogits
 from mmseg_inceptionnext.inference.tiles import Grid, Window, largest_class, mean_logits
 from mmseg_inceptionnext.models.build import heads_of
 
 
 @MODELS.register_module()
 class LabelMapSegmentor(EncoderDecoder):
-    """mmseg's EncoderDecoder whose ``predict`` returns ``pred_sem_seg`` alone, without ``seg_logits``.
+    """mmseg's EncoderDecoder whose ``predict`` returns ``pred_sem_seg`` and ``class_logits``, without ``seg_logits``.
 
     mmseg up-samples the logits of all classes to the size of the network's input and again to that of the original
     image, keeps them in the sample, and takes the argmax. Here one class at a time is up-sampled, which stays in the
@@ -40,7 +41,8 @@ class LabelMapSegmentor(EncoderDecoder):
             data_samples: Original size, padding and flip of each image. Default: the label maps are H×W.
 
         Returns:
-            A sample for each image, with ``pred_sem_seg`` (1, height, width), int64.
+            A sample for each image, with ``pred_sem_seg`` (1, height, width), int64, and ``class_logits``, a
+            :class:`~mmseg_inceptionnext.inference.confidence.ClassLogits` of that size.
         """
         if self.test_cfg.get('return_logits') or self.out_channels == 1 or not _predicts_from_one_head(self):
             return super().predict(inputs, data_samples)
@@ -48,30 +50,30 @@ class LabelMapSegmentor(EncoderDecoder):
         if data_samples is None:
             meta = dict(ori_shape=inputs.shape[2:], img_shape=inputs.shape[2:])
             data_samples = [SegDataSample(metainfo=meta) for _ in inputs]
-        labels = self._slide if self.test_cfg.get('mode', 'whole') == 'slide' else self._whole
-        for label, sample in zip(labels(inputs, [s.metainfo for s in data_samples]), data_samples, strict=True):
-            sample.set_data({'pred_sem_seg': PixelData(data=label)})
+        logits = self._slide if self.test_cfg.get('mode', 'whole') == 'slide' else self._whole
+        for found, sample in zip(logits(inputs, [s.metainfo for s in data_samples]), data_samples, strict=True):
+            label = largest_class(found.channels, found.of)
+            sample.set_data({'pred_sem_seg': PixelData(data=label[None].long()), 'class_logits': found})
         return data_samples
 
-    def _whole(self, inputs: Tensor, metas: list[dict]) -> Iterator[Tensor]:
+    def _whole(self, inputs: Tensor, metas: list[dict]) -> Iterator[ClassLogits]:
         logits = self.decode_head.forward(self.extract_feat(inputs))
         size = network_size(metas[0])
         for image_logits, meta in zip(logits, metas, strict=True):
-            yield label_map(image_logits, size, meta, self.align_corners)
+            yield class_logits(image_logits, size, meta, self.align_corners)
 
-    def _slide(self, inputs: Tensor, metas: list[dict]) -> Iterator[Tensor]:
+    def _slide(self, inputs: Tensor, metas: list[dict]) -> Iterator[ClassLogits]:
         size = tuple(inputs.shape[2:])
         regions = list(Grid(size, tuple(self.test_cfg.crop_size), tuple(self.test_cfg.stride)).windows())
         logits = [window_logits(self, inputs[..., r.top : r.bottom, r.left : r.right]) for r in regions]
         for i, meta in enumerate(metas):
             windows = [Window(r, x[i].contiguous(), self.align_corners) for r, x in zip(regions, logits, strict=True)]
-            mean, like = mean_logits(windows, size), windows[0].logits
+            mean = mean_logits(windows, size)
 
             def at_original(channel: int, mean=mean, meta=meta) -> Tensor:
                 return at_original_size(mean(channel)[None], size, meta, self.align_corners)[0]
 
-            shape = tuple(meta['ori_shape'][:2])
-            yield largest_class(len(like), at_original, shape, like)[None].long()
+            yield ClassLogits(len(windows[0].logits), at_original)
 
 
 def predicts_by_argmax(model: EncoderDecoder) -> bool:
@@ -114,7 +116,16 @@ def network_size(meta: dict) -> tuple[int, int]:
 
 
 def label_map(logits: Tensor, input_size: tuple[int, int], meta: dict, align_corners: bool) -> Tensor:
-    """Return the most likely class of every pixel of the original image.
+    """Return the most likely class of every pixel of the original image, (1, height, width), int64.
+
+    Arguments are those of :func:`class_logits`.
+    """
+    found = class_logits(logits, input_size, meta, align_corners)
+    return largest_class(found.channels, found.of)[None].long()
+
+
+def class_logits(logits: Tensor, input_size: tuple[int, int], meta: dict, align_corners: bool) -> ClassLogits:
+    """Return the logits of every pixel of the original image.
 
     Args:
         logits: (C, h, w), a head's output. Those of half precision are up-sampled in float32.
@@ -122,16 +133,14 @@ def label_map(logits: Tensor, input_size: tuple[int, int], meta: dict, align_cor
         meta: 'ori_shape', and optionally 'img_padding_size' or 'padding_size' (left, right, top, bottom) and 'flip'
             with 'flip_direction', as mmseg's ``postprocess_result`` reads them.
         align_corners: Whether both up-samplings align corners.
-
-    Returns:
-        (1, height, width), int64.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
+    meta = dict(meta)
 
     def at_original(channel: int) -> Tensor:
         return at_original_size(logits[channel : channel + 1], input_size, meta, align_corners)[0]
 
-    return largest_class(len(logits), at_original, tuple(meta['ori_shape'][:2]), logits)[None].long()
+    return ClassLogits(len(logits), at_original)
 
 
 def at_original_size(logits: Tensor, input_size: tuple[int, int], meta: dict, align_corners: bool) -> Tensor:
@@ -139,7 +148,7 @@ def at_original_size(logits: Tensor, input_size: tuple[int, int], meta: dict, al
 
     Args:
         logits: (C, h, w), a head's output.
-        input_size, meta, align_corners: Arguments of :func:`label_map`.
+        input_size, meta, align_corners: Arguments of :func:`class_logits`.
 
     Returns:
         (C, height, width).

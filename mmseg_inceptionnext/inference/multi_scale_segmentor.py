@@ -38,7 +38,8 @@ class MultiScaleSegmentor(nn.Module):
                 ``data_samples[v][i]`` of view v and image i. Sizes may differ between images, too.
 
         Returns:
-            A sample for each image, with ``pred_sem_seg`` (1, height, width), int64.
+            A sample for each image, with ``pred_sem_seg`` (1, height, width), int64, and ``confidence`` (height,
+            width), the mean probability of the label.
         """
         views = list(zip(data['inputs'], data['data_samples'], strict=True))
         return [self._predict([(inputs[i], samples[i]) for inputs, samples in views]) for i in range(len(views[0][0]))]
@@ -54,15 +55,20 @@ class MultiScaleSegmentor(nn.Module):
                 logits.append(model.inference(inputs, [dict(meta)])[0])
             metas.append(meta)
         if model.out_channels == 1:
-            label = _threshold(logits, metas, model.align_corners, heads_of(model)[-1].threshold)
+            label, confidence = _threshold(logits, metas, model.align_corners, heads_of(model)[-1].threshold)
         else:
-            label = multi_scale_label_map(logits, metas, model.align_corners)
+            label, confidence = multi_scale_prediction(logits, metas, model.align_corners)
         sample = data['data_samples'][0]
-        sample.set_data({'pred_sem_seg': PixelData(data=label)})
+        sample.set_data({'pred_sem_seg': PixelData(data=label), 'confidence': confidence})
         return sample
 
 
 def multi_scale_label_map(logits: list[Tensor], metas: list[dict], align_corners: bool) -> Tensor:
+    """Return the labels of :func:`multi_scale_prediction` alone."""
+    return multi_scale_prediction(logits, metas, align_corners)[0]
+
+
+def multi_scale_prediction(logits: list[Tensor], metas: list[dict], align_corners: bool) -> tuple[Tensor, Tensor]:
     """Return the class of the largest mean probability over all views, for every pixel of the original image.
 
     Args:
@@ -71,7 +77,7 @@ def multi_scale_label_map(logits: list[Tensor], metas: list[dict], align_corners
         align_corners: Whether up-sampling aligns corners.
 
     Returns:
-        (1, height, width), int64.
+        (1, height, width), int64, and that probability, (height, width).
     """
     views = [(view.contiguous(), network_size(meta), meta) for view, meta in zip(logits, metas, strict=True)]
     chunks = [slice(start, start + _CHUNK) for start in range(0, len(logits[0]), _CHUNK)]
@@ -95,13 +101,16 @@ def multi_scale_label_map(logits: list[Tensor], metas: list[dict], align_corners
         chunk_largest, chunk_label = probability.max(dim=0)
         label = torch.where(chunk_largest > largest, chunk_label + chunk.start, label)
         largest = torch.maximum(chunk_largest, largest)
-    return label[None]
+    return label[None], largest / len(views)
 
 
-def _threshold(logits: list[Tensor], metas: list[dict], align_corners: bool, threshold: float) -> Tensor:
-    """Return the label map of a head with one channel, the logit of class 1."""
+def _threshold(logits: list[Tensor], metas: list[dict], align_corners: bool,
+               threshold: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the label map and its probabilities of a head with one channel, the logit of class 1."""
     probability = sum(
         at_original_size(view, network_size(meta), meta, align_corners).sigmoid()
         for view, meta in zip(logits, metas, strict=True)
     )
-    return (probability / len(logits) > threshold).long()
+    probability = probability / len(logits)
+    label = probability > threshold
+    return label.long(), torch.where(label, probability, 1 - probability)[0]

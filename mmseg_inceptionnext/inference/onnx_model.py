@@ -19,7 +19,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 
 from mmseg_inceptionnext.errors import UserError, first_sentence
-from mmseg_inceptionnext.inference.label_map_segmentor import label_map
+from mmseg_inceptionnext.inference.label_map_segmentor import class_logits, label_map
 from mmseg_inceptionnext.inference.runtimes import RUNTIMES, import_onnx
 from mmseg_inceptionnext.labels import Classes, classes_of_meta
 
@@ -80,6 +80,8 @@ class Contract:
         runtime: 'onnxruntime' or 'openvino': in which the form of its operations is fastest. Others run it, too.
         quantization: How a file of 'int8' compared with its segmentor, see
             :class:`~mmseg_inceptionnext.export.quantize.Quantization`.
+        confidence: Whether it also returns the probability of each label, (N, H, W) float32.
+        temperature: What logits are divided by for probabilities; those that it returns are not.
     """
 
     classes: Classes
@@ -94,6 +96,8 @@ class Contract:
     label_dtype: str = 'int64'
     runtime: str = 'onnxruntime'
     quantization: dict | None = None
+    confidence: bool = False
+    temperature: float = 1.0
 
     def metadata(self, versions: dict[str, str]) -> dict[str, str]:
         """Return the metadata of a file: JSON under each key, but plain text under ``format``."""
@@ -113,6 +117,8 @@ class Contract:
             label_dtype=self.label_dtype,
             runtime=self.runtime,
             quantization=self.quantization,
+            confidence=self.confidence,
+            temperature=self.temperature,
             versions=versions,
         )
         return dict(format=_FORMAT) | {key: json.dumps(value) for key, value in facts.items()}
@@ -146,7 +152,11 @@ class Contract:
                 label_dtype=facts.get('label_dtype', 'int64'),  # files of version 1.0 do not say it, nor the runtime
                 runtime=facts.get('runtime', 'onnxruntime'),
                 quantization=facts.get('quantization'),
+                confidence=bool(facts.get('confidence', False)),
+                temperature=float(facts.get('temperature', 1)),
             )
+            if not 0 < contract.temperature < float('inf'):
+                raise ValueError(f'temperature {contract.temperature}')
             if contract.label_dtype not in _LABEL_DTYPES or contract.runtime not in RUNTIMES:
                 raise ValueError('unknown values')
             if len(contract.prepare) > _MOST_RESIZES:
@@ -272,11 +282,18 @@ class OnnxModel:
         """Check that input and output are what the metadata say, where the sizes are not dynamic."""
         n, shape = (1, self.contract.shape) if self.contract.shape else (None, (None, None))
         types = self.contract.dtype, self.contract.label_dtype if self.contract.labels else 'float32'
-        if self._session.values != list(zip(types, self.contract.shapes(n, *shape), strict=True)):
+        expected = list(zip(types, self.contract.shapes(n, *shape), strict=True))
+        if self.contract.confidence:
+            expected.append(('float32', [n, *shape]))
+        if self._session.values != expected:
             raise UserError(f'{self.path}: its graph is not what its metadata say: export it again')
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """Return logits or labels of images (N, 3, H, W), RGB from 0 to 255.
+        """Return logits or labels of images, as :meth:`outputs` does."""
+        return self.outputs(images)[0]
+
+    def outputs(self, images: np.ndarray) -> list[np.ndarray]:
+        """Return logits or labels, and the confidence if the file does, of images (N, 3, H, W), RGB from 0 to 255.
 
         Raises:
             UserError: The file was exported for another size, it needs too much memory, or the result has another
@@ -295,11 +312,11 @@ class OnnxModel:
             )
         images = images.astype(self.contract.dtype, copy=False)
         batches = np.split(images, len(images)) if shape else [images]
-        return np.concatenate([self._run(batch) for batch in batches])
+        return [np.concatenate(parts) for parts in zip(*map(self._run, batches), strict=True)]
 
-    def _run(self, images: np.ndarray) -> np.ndarray:
+    def _run(self, images: np.ndarray) -> list[np.ndarray]:
         try:
-            result = self._session.run(images)
+            results = self._session.run(images)
         except Exception as error:  # from the runtime
             if 'alloc' in str(error).lower():  # that of an arena, or std::bad_alloc
                 raise UserError(
@@ -310,12 +327,13 @@ class OnnxModel:
                 f'{self.path} cannot be run by {self._session.name}: {first_sentence(error)[:200]}: export it again'
             ) from error
         _, expected = self.contract.shapes(len(images), *images.shape[2:])
-        if list(result.shape) != expected:
-            raise UserError(
-                f'{self.path} returns values of shape {result.shape}, not {tuple(expected)} as its metadata say: '
-                'export it again'
-            )
-        return result
+        for result, shape in zip(results, [expected, [len(images), *images.shape[2:]]], strict=False):
+            if list(result.shape) != shape:
+                raise UserError(
+                    f'{self.path} returns values of shape {result.shape}, not {tuple(shape)} as its metadata say: '
+                    'export it again'
+                )
+        return results
 
     def test_step(self, data: dict) -> list[SegDataSample]:
         """Predict label maps as :class:`~mmseg_inceptionnext.LabelMapSegmentor` does.
@@ -327,7 +345,8 @@ class OnnxModel:
             data: ``inputs``, a list of (3, H, W) uint8, BGR, of one size; and ``data_samples``, one for each.
 
         Returns:
-            The samples, with ``pred_sem_seg`` (1, height, width), int64.
+            The samples, with ``pred_sem_seg`` (1, height, width), int64, and of a file that returns logits with
+            ``class_logits``; of one that returns labels and their confidence with that, ``confidence`` (height, width).
 
         Raises:
             UserError: As :meth:`run`; or logits are not finite, or a label is that of no class.
@@ -335,21 +354,30 @@ class OnnxModel:
         images = torch.stack(list(data['inputs']))
         if self.contract.channels == 3:
             images = images.flip(1)
-        results = self.run(images.numpy())
-        self._check_values(results)
+        results, *confidence = self.outputs(images.numpy())
+        self._check_values(results, *confidence)
         results = torch.from_numpy(results)
-        for result, sample in zip(results, data['data_samples'], strict=True):
+        for i, (result, sample) in enumerate(zip(results, data['data_samples'], strict=True)):
             if self.contract.labels:
                 size = sample.metainfo['ori_shape'][:2]
                 label = F.interpolate(result[None, None].float(), size, mode='nearest-exact')[0].long()
+                if confidence:
+                    sure = F.interpolate(torch.from_numpy(confidence[0][i])[None, None], size, mode='bilinear')
+                    sample.set_data({'confidence': sure[0, 0]})
             else:
+                bound = 0
                 if self.contract.threshold is not None:
                     (result,) = two_logits(result[None], self.contract.threshold)
-                label = label_map(result, tuple(images.shape[2:]), sample.metainfo, self.contract.align_corners)
+                    bound = torch.stack([result[0], torch.zeros_like(result[0])])  # of the logits 0 and x
+                size, align_corners = tuple(images.shape[2:]), self.contract.align_corners
+                label = label_map(result, size, sample.metainfo, align_corners)
+                sample.set_data({'class_logits': class_logits(result - bound, size, sample.metainfo, align_corners)})
             sample.set_data({'pred_sem_seg': PixelData(data=label)})
         return data['data_samples']
 
-    def _check_values(self, results: np.ndarray) -> None:
+    def _check_values(self, results: np.ndarray, confidence: np.ndarray | None = None) -> None:
+        if confidence is not None and not (confidence.min() >= 0 and confidence.max() <= 1.0001):  # also of NaN
+            raise UserError(f'{self.path} returns probabilities that are none: export it again')
         smallest, largest = results.min(), results.max()
         if self.contract.labels and not 0 <= smallest <= largest < len(self.contract.classes.names):
             raise UserError(

@@ -4,88 +4,219 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from itertools import count, takewhile
 from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image
 
+from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.data.prefetch import map_ahead
 from mmseg_inceptionnext.drawing import add_legend, save_picture
 from mmseg_inceptionnext.errors import UnreadableFile, UserError, printable
 from mmseg_inceptionnext.files import atomic_write
 from mmseg_inceptionnext.images import is_tiff
 from mmseg_inceptionnext.inference.geotiff import POLYGON_SUFFIXES, segment_raster
-from mmseg_inceptionnext.inference.segmentor import Segmentation, Segmentor
-from mmseg_inceptionnext.inference.sources import Output, Source
+from mmseg_inceptionnext.inference.manifest import Manifest
+from mmseg_inceptionnext.inference.segmentor import Segmentation, Segmentor, check_unsure_code
+from mmseg_inceptionnext.inference.sources import Output, Source, shard_of
 
 _READERS = 2
 _RESULTS_WAITING = 8  # for the thread that writes
 _LEGEND_ROWS_OF_VIDEO = 2
+_LARGEST_BATCH = 16
+_WORTH = 1.05
 
 
 def predict(
     segmentor: Segmentor,
     sources: Sequence[Source],
     output: Output,
-    batch_size: int = 1,
+    batch_size: int | str = 1,
     overwrite: bool = False,
     on_progress: Callable[[float], None] = lambda images: None,
     bands: Sequence[int] | None = None,
     scale: tuple[float, float] | None = None,
+    skip_existing: bool = False,
+    shard: str | None = None,
+    on_start: Callable[[int], None] = lambda images: None,
 ) -> dict[str, str]:
     """Segment files. Decoding, inference and writing overlap: each has threads of its own.
 
     TIFFs are read and written as GeoTIFFs (:func:`~mmseg_inceptionnext.inference.geotiff.segment_raster`) if the
     segmentor has a ``tile``, or with bands, a scale or polygons.
 
+    A run that skips what exists, or is a shard, keeps a manifest in the output folder
+    (:mod:`~mmseg_inceptionnext.inference.manifest`). It can be killed at any moment; repeated, it gives the folder of
+    one that was not killed, and so do all shards together. Into a folder with a manifest, all runs add to it.
+
     Args:
         segmentor: The segmentor.
         sources: What :func:`~mmseg_inceptionnext.inference.sources.find_sources` returned.
         output: What to write, and where.
         batch_size: Images in one forward pass, if they have the same size, as frames of a video do; or tiles.
-        overwrite: Replace existing outputs.
+            'auto': what is fastest for the first image (:func:`choose_batch_size`); in tiles, and for videos alone, 1.
+        overwrite: Replace existing outputs, and the manifest.
         on_progress: Called with the number of images or frames that were written since the last call.
         bands, scale: Arguments of ``segment_raster``, for all sources.
+        skip_existing: Leave out files that the manifest has, unless they have changed or their outputs are gone.
+        shard: ``i/n``: predict the i-th of n parts of the sources, see
+            :func:`~mmseg_inceptionnext.inference.sources.shard_of`.
+        on_start: Called with the number of images and frames to predict.
 
     Returns:
         Why files could not be read, ``{path: message}``; the others are segmented. The frames of a video up to its
         damage are kept.
 
     Raises:
-        UserError: An output exists, and ``overwrite`` is not set; or it is one of the sources, or cannot be written. A
-            source is no TIFF although there are bands, a scale or polygons; or there are several for polygons.
+        UserError: An output exists, and neither ``overwrite`` nor ``skip_existing`` is set; or it is one of the
+            sources, or cannot be written. A source is no TIFF although there are bands, a scale or polygons; or there
+            are several for polygons. There is no such shard, or the manifest is that of another run.
     """
+    if overwrite and (skip_existing or shard):
+        other = 'skip_existing=True' if skip_existing else f'shard={shard!r}'
+        raise UserError(f'overwrite=True and {other} exclude each other: pass one of them')
     rasters = _rasters(sources, output, bands, scale, segmentor.tiles is not None)
-    sources = [source for source in sources if source not in set(rasters)]
-    existing = output.existing(sources, rasters)
-    inputs = {os.path.realpath(source.path) for source in (*sources, *rasters)}
-    if own := [path for path in existing if os.path.realpath(path) in inputs]:
-        raise UserError(f'{own[0]} would be written, but is one of the images to read: choose another out=DIR')
-    if existing and not overwrite:
-        more = f' and {len(existing) - 1} more' if len(existing) > 1 else ''
-        raise UserError(f'{existing[0]}{more} exist already: pass overwrite=True, or choose another out=DIR')
-    images = [source for source in sources if not source.is_video]
     if segmentor.channels != 3 and (videos := [source.path for source in sources if source.is_video]):
         raise UserError(f'{videos[0]} has 3 channels, but the model takes {segmentor.channels}')
-    failures = _predict_images(segmentor, images, output, batch_size, on_progress)
-    for source in sources:
-        if source.is_video:
-            failures |= _predict_video(segmentor, source, output, batch_size, on_progress)
-    for source in rasters:
-        try:
+    if not 0 <= output.min_confidence <= 1:
+        raise UserError(f'min_confidence={output.min_confidence} must be from 0 to 1')
+    if output.min_confidence and output.labels:
+        check_unsure_code(segmentor.classes)
+    is_raster = set(rasters).__contains__
+    everything = sources
+    if shard:
+        sources = shard_of(sources, shard)
+    inputs = {os.path.realpath(source.path) for source in everything}
+    existing = [path for source in sources for path in output.paths_of(source, is_raster(source)) if path.exists()]
+    if own := [path for path in existing if os.path.realpath(path) in inputs]:
+        raise UserError(f'{own[0]} would be written, but is one of the images to read: choose another out=DIR')
+    is_kept = Manifest.is_in(output.folder)
+    if existing and not overwrite and not (skip_existing and is_kept):
+        more = f' and {len(existing) - 1} more' if len(existing) > 1 else ''
+        why = ', and no manifest says what they were made from' if skip_existing else ''
+        raise UserError(
+            f'{existing[0]}{more} exist already{why}: pass overwrite=True'
+            f'{" alone" if skip_existing else ""}, or choose another out=DIR'
+        )
+    with Manifest(output.folder, shard) if skip_existing or shard or is_kept else nullcontext() as manifest:
+        if manifest:
+            if overwrite:
+                manifest.restart()
+            facts = dict(output.identity(), bands=bands, scale=scale)
+            segmentor, batch_size = _begin(manifest, segmentor, facts, batch_size, everything)
+        elif batch_size == 'auto':
+            batch_size = choose_batch_size(segmentor, sources)
+        if skip_existing:
+            todo = [s for s in sources if not manifest.is_done(s, output.paths_of(s, is_raster(s)))]
+            if len(todo) < len(sources):
+                say(f'{len(sources) - len(todo)} of {len(sources)} files are done already')
+            sources = todo
+        on_start(count_images(sources))
+        log = _Log(manifest)
+        _predict_images(segmentor, [s for s in sources if not s.is_video and not is_raster(s)], output, batch_size,
+                        on_progress, log)  # fmt: skip
+        for source in sources:
+            if source.is_video:
+                _predict_video(segmentor, source, output, batch_size, on_progress, log)
+        for source in filter(is_raster, sources):
+            _predict_raster(segmentor, source, output, bands, scale, batch_size, on_progress, log)
+        if manifest:
             with _naming_unwritable_file():
-                segment_raster(
-                    segmentor, source.path, output.raster_of(source), bands, scale, output.polygons, output.min_area,
-                    batch_size, on_progress,
-                )  # fmt: skip
-        except UnreadableFile as error:
-            failures[str(source.path)] = str(error).removeprefix(f'{source.path}: ')
-    return failures
+                manifest.finish(everything)
+    return log.failures
+
+
+def _begin(manifest: Manifest, segmentor: Segmentor, facts: dict, batch_size: int | str,
+           sources: Sequence[Source]) -> tuple[Segmentor, int]:  # fmt: skip
+    """Record what decides the results; return segmentor and batch size as the folder's run has them, whoever began it.
+
+    Another batch size may be asked for: a GPU may have less memory.
+    """
+    segmentor = segmentor.settled(manifest.run)
+    chosen = batch_size
+    if chosen == 'auto':
+        chosen = manifest.run['batch_size'] if manifest.run else choose_batch_size(segmentor, sources)
+    manifest.begin(segmentor.identity() | facts | dict(batch_size=chosen))
+    segmentor = segmentor.settled(manifest.run)
+    recorded = manifest.run['batch_size']
+    manifest.check(segmentor.identity() | facts | dict(batch_size=recorded))
+    return segmentor, recorded if batch_size == 'auto' else batch_size
+
+
+def choose_batch_size(segmentor: Segmentor, sources: Sequence[Source]) -> int:
+    """Return how many images to predict at once: it is doubled while that makes an image faster by a twentieth.
+
+    Args:
+        segmentor: The segmentor.
+        sources: The first of them that is an image and can be read is what is timed.
+    """
+    for source in sources:
+        if segmentor.tiles or source.is_video:
+            continue
+        try:
+            image = segmentor.prepare(segmentor.read(source.path))
+            break
+        except UserError:  # it is said when its turn comes
+            continue
+    else:
+        return 1
+
+    def seconds(size: int) -> float:
+        def once() -> float:
+            start = time.perf_counter()
+            segmentor.predict([image] * size, size, False)
+            return time.perf_counter() - start
+
+        once()  # sets up kernels and memory
+        return min(once(), once()) / size
+
+    size, shortest = 1, seconds(1)
+    while size < _LARGEST_BATCH:
+        try:
+            found = seconds(2 * size)
+        except torch.OutOfMemoryError:
+            break
+        if _WORTH * found > shortest:
+            break
+        size, shortest = 2 * size, found
+    say(f'batch size: {size} ({shortest:.2g} s an image)')
+    return size
+
+
+def _asked(output: Output) -> tuple[bool, bool]:
+    """Return ``keep_logits`` and ``confidence`` of ``Segmentor.predict`` for an output."""
+    is_asked = output.confidence or output.min_confidence > 0
+    return is_asked, is_asked
+
+
+class _Log:
+    """What has become of each source: in the manifest, if there is one, and why some could not be read."""
+
+    def __init__(self, manifest: Manifest | None):
+        self.failures: dict[str, str] = {}
+        self._manifest = manifest
+
+    def facts(self, source: Source) -> dict:
+        return self._manifest.facts(source) if self._manifest else {}
+
+    def done(self, facts: dict, seconds: float, areas: dict[str, float]) -> None:
+        if self._manifest:
+            with _naming_unwritable_file():
+                self._manifest.add(facts, seconds, classes={name: round(share, 6) for name, share in areas.items()})
+
+    def failed(self, source: Source, facts: dict, seconds: float, reason: str) -> None:
+        self.failures[str(source.path)] = reason
+        if self._manifest:
+            with _naming_unwritable_file():
+                self._manifest.add(facts, seconds, reason=reason)
 
 
 def _rasters(sources: Sequence[Source], output: Output, bands: Sequence[int] | None,
@@ -120,45 +251,75 @@ def count_images(sources: Sequence[Source]) -> int:
 
 
 def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Output, batch_size: int,
-                    on_progress: Callable[[float], None]) -> dict[str, str]:  # fmt: skip
-    failures = {}
+                    on_progress: Callable[[float], None], log: _Log) -> None:  # fmt: skip
+    asked = _asked(output)
 
-    def read(source: Source) -> dict | None:
+    def read(source: Source) -> tuple[dict, dict, float] | None:
+        start = time.perf_counter()
+        facts = log.facts(source)
         try:
-            return segmentor.prepare(segmentor.read(source.path))
+            prepared = segmentor.prepare(segmentor.read(source.path))
         except UserError as error:
-            failures[str(source.path)] = str(error).removeprefix(f'{source.path}: ')
+            reason = str(error).removeprefix(f'{source.path}: ')
+            log.failed(source, facts, time.perf_counter() - start, reason)
             return None
+        return prepared, facts, time.perf_counter() - start
 
-    def results() -> Iterator[tuple[Source, Segmentation]]:
+    def results() -> Iterator[tuple[Source, Segmentation, dict, float]]:
         prepared = map_ahead(readers, read, sources, 2 * batch_size)
         for batch in _batches((pair for pair in prepared if pair[1] is not None), batch_size):
-            yield from zip(
-                (source for source, _ in batch),
-                segmentor.predict([image for _, image in batch], batch_size),
-                strict=True,
-            )
+            start = time.perf_counter()
+            found = segmentor.predict([image for _, (image, *_) in batch], batch_size, *asked)
+            share = (time.perf_counter() - start) / len(batch)
+            for (source, (_, facts, seconds)), result in zip(batch, found, strict=True):
+                yield source, result, facts, seconds + share
 
-    def write(result: tuple[Source, Segmentation]) -> None:
-        source, segmentation = result
+    def write(item: tuple[Source, Segmentation, dict, float]) -> None:
+        source, segmentation, facts, seconds = item
+        start = time.perf_counter()
         with _naming_unwritable_file():
-            save_picture(segmentation.overlay(output.opacity, output.legend), output.overlay_of(source))
+            overlay = segmentation.overlay(output.opacity, output.legend, output.min_confidence)
+            save_picture(overlay, output.overlay_of(source))
             if output.labels:
-                save_picture(segmentation.label_image(), output.labels_of(source))
+                save_picture(segmentation.label_image(output.min_confidence), output.labels_of(source))
+            if output.confidence:
+                save_picture(segmentation.confidence_image(), output.confidence_of(source))
+        log.done(
+            facts, seconds + time.perf_counter() - start, segmentation.areas(output.min_confidence) if facts else {}
+        )
         on_progress(1)
 
     with ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(1) as writer:
         for _ in map_ahead(writer, write, results(), _RESULTS_WAITING):
             pass
-    return failures
+
+
+def _predict_raster(segmentor: Segmentor, source: Source, output: Output, bands: Sequence[int] | None,
+                    scale: tuple[float, float] | None, batch_size: int, on_progress: Callable[[float], None],
+                    log: _Log) -> None:  # fmt: skip
+    start = time.perf_counter()
+    facts = log.facts(source)
+    try:
+        with _naming_unwritable_file():
+            areas = segment_raster(
+                segmentor, source.path, output.raster_of(source), bands, scale, output.polygons, output.min_area,
+                batch_size, on_progress, output.confidence, output.min_confidence,
+            )  # fmt: skip
+    except UnreadableFile as error:
+        log.failed(source, facts, time.perf_counter() - start, str(error).removeprefix(f'{source.path}: '))
+        return
+    log.done(facts, time.perf_counter() - start, areas)
 
 
 def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_size: int,
-                   on_progress: Callable[[float], None]) -> dict[str, str]:  # fmt: skip
+                   on_progress: Callable[[float], None], log: _Log) -> None:  # fmt: skip
+    start = time.perf_counter()
+    facts = log.facts(source)
     with _name_for_opencv(source.path) as name:
         video = cv2.VideoCapture(name)
     overlay = _VideoFile(output.overlay_of(source), video.get(cv2.CAP_PROP_FPS) or 25)
     reason = 'not a video, or of a format that OpenCV does not read' if source.path.is_file() else 'no such file'
+    areas, asked = Counter(), _asked(output)
 
     def read(_: int) -> dict | None:
         nonlocal reason
@@ -172,10 +333,10 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
     def results() -> Iterator[Segmentation]:
         frames = (frame for _, frame in map_ahead(reader, read, count(), 2 * batch_size))
         for batch in _batches(takewhile(lambda frame: frame is not None, frames), batch_size):
-            yield from segmentor.predict(batch, batch_size)
+            yield from segmentor.predict(batch, batch_size, *asked)
 
     def write(result: Segmentation) -> None:
-        picture = result.overlay(output.opacity)
+        picture = result.overlay(output.opacity, min_confidence=output.min_confidence)
         if output.legend:
             present = [result.class_names.index(name) for name in result.areas()]
             picture = add_legend(
@@ -184,17 +345,26 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
         with _naming_unwritable_file():
             overlay.add(picture)
             if output.labels:
-                save_picture(result.label_image(), output.labels_of(source) / f'{overlay.frames:06d}.png')
+                labels = result.label_image(output.min_confidence)
+                save_picture(labels, output.labels_of(source) / f'{overlay.frames:06d}.png')
+            if output.confidence:
+                save_picture(result.confidence_image(), output.confidence_of(source) / f'{overlay.frames:06d}.png')
+        if facts:
+            areas.update(result.areas(output.min_confidence))
         on_progress(1)
 
-    if output.labels:
-        for stale in output.labels_of(source).glob('[0-9]*.png'):  # left by a longer video
+    for folder in output.paths_of(source)[1:]:
+        for stale in folder.glob('[0-9]*.png'):  # left by a longer video
             stale.unlink()
     # One thread reads and one writes, so that the frames keep their order.
     with closing(overlay), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         for _ in map_ahead(writer, write, results(), _RESULTS_WAITING):
             pass
-    return {} if overlay.frames else {str(source.path): reason}
+    seconds = time.perf_counter() - start
+    if overlay.frames:
+        log.done(facts, seconds, {name: total / overlay.frames for name, total in areas.most_common()})
+    else:
+        log.failed(source, facts, seconds, reason)
 
 
 @contextmanager

@@ -76,19 +76,19 @@ class OnnxRuntimeSession:
             for value in values
         ]
 
-    def run(self, images: np.ndarray) -> np.ndarray:
-        """Return the output for an input."""
+    def run(self, images: np.ndarray) -> list[np.ndarray]:
+        """Return the outputs for an input."""
         # In a thread: the main one could not handle a signal before ONNX Runtime returns, which a large graph may put
         # off for hours. Told to terminate, it returns after the operator that is running.
         options = self._runtime.RunOptions()
         with ThreadPoolExecutor(1) as thread:
             run = thread.submit(self._session.run, None, {self._input: images}, options)
             try:
-                (result,) = run.result()
+                results = run.result()
             except KeyboardInterrupt:
                 options.terminate = True
                 raise
-        return result
+        return results
 
 
 class OpenVinoSession:
@@ -101,8 +101,7 @@ class OpenVinoSession:
     name = 'OpenVINO'
 
     def __init__(self, content: bytes, precision: str, threads: int):
-        openvino = import_onnx('openvino')
-        core = openvino.Core()
+        core = _core(import_onnx('openvino'))
         lower = precision in ('bf16', 'int8') and computes_bf16()
         model = core.compile_model(
             core.read_model(content, b''),
@@ -122,8 +121,8 @@ class OpenVinoSession:
         ]
         self._request = model.create_infer_request()
 
-    def run(self, images: np.ndarray) -> np.ndarray:
-        """Return the output for an input."""
+    def run(self, images: np.ndarray) -> list[np.ndarray]:
+        """Return the outputs for an input."""
         self._request.start_async([images])
         try:
             while not self._request.wait_for(100):  # milliseconds, between which signals are handled
@@ -133,12 +132,22 @@ class OpenVinoSession:
             with suppress(RuntimeError):  # says that it was cancelled; then it can be started again
                 self._request.wait()
             raise
-        return self._request.get_output_tensor(0).data.copy()
+        return [tensor.data.copy() for tensor in self._request.output_tensors]
 
 
 def computes_bf16() -> bool:
     """Return whether OpenVINO computes in bfloat16 on this processor, which is then faster than float32."""
-    return 'BF16' in import_onnx('openvino').Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')
+    return 'BF16' in _core(import_onnx('openvino')).get_property('CPU', 'OPTIMIZATION_CAPABILITIES')
+
+
+@cache
+def _core(openvino: ModuleType):
+    """Return the core of OpenVINO: one for the process, which is never dropped.
+
+    Its CPU plugin gives the thread that loads it a stack for signal handlers, and unmaps that when it is unloaded, in
+    whichever thread. After that, any signal that Python handles (Ctrl-C, SIGTERM) would end the process with SIGSEGV.
+    """
+    return openvino.Core()
 
 
 RUNTIMES: dict[str, Callable] = {'onnxruntime': OnnxRuntimeSession, 'openvino': OpenVinoSession}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, count, takewhile
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from mmseg_inceptionnext.images import IMAGE_SUFFIXES
 VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v')
 
 _LABELS, _VIDEO_LABELS = 'labels', 'video_labels'
+_CONFIDENCE, _VIDEO_CONFIDENCE = 'confidence', 'video_confidence'
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,31 @@ def find_sources(inputs: Sequence[str], out: Path, lines: Iterable[str] = ()) ->
     return sources
 
 
+def shard_of(sources: Sequence[Source], shard: str) -> list[Source]:
+    """Return the sources that one of several runs predicts, which share the work.
+
+    A file's shard follows from its path below the folder or the start of the glob that it was found in, or from its
+    name: files that are added move no other, and it does not matter where that folder is mounted.
+
+    Args:
+        sources: All of them.
+        shard: ``i/n``: the i-th of n, counted from 1.
+
+    Raises:
+        UserError: It is something else, or there is no such shard.
+    """
+    match = re.fullmatch(r'(\d+)/(\d+)', shard)
+    number, shards = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= shards:
+        raise UserError(f'shard={shard!r} must be i/n, the i-th of n shards, counted from 1, such as 1/8')
+
+    def hashed(source: Source) -> int:
+        below = '/'.join(source.path.parts[-len(source.name.parts) :])
+        return int.from_bytes(hashlib.sha256(os.fsencode(below)).digest()[:8], 'big')
+
+    return [source for source in sources if hashed(source) % shards == number - 1]
+
+
 def _expand(text: str, out: Path) -> list[tuple[Path, Path]]:
     """Return path and relative name of each file that an argument stands for."""
     path = Path(text)
@@ -103,7 +131,7 @@ def _inside(name: Path) -> Path:
     """
     *folders, file = [part for part in name.parts if part not in ('..', name.anchor)] or ['unnamed']
     folders = [f'{part}-2' if part.lower().endswith(('.png', '.mp4', '.tif')) else part for part in folders]
-    if folders and folders[0].lower() in (_LABELS, _VIDEO_LABELS):
+    if folders and folders[0].lower() in (_LABELS, _VIDEO_LABELS, _CONFIDENCE, _VIDEO_CONFIDENCE):
         folders[0] += '-2'
     return Path(*folders, Path(file).with_suffix(''))
 
@@ -119,6 +147,10 @@ class Output:
         labels: Also write label maps, in the coding of the data set's annotations.
         polygons: File of the polygons of a TIFF's labels, ``.gpkg`` or ``.geojson``; None for none.
         min_area: Polygons of fewer pixels are left out.
+        confidence: Also write the labels' probabilities, 255 for 1: into ``confidence`` and ``video_confidence``, or as
+            another band of a GeoTIFF.
+        min_confidence: Pixels whose label is less probable are unsure: hatched in overlays, and 255 in label maps, or
+            nodata of a GeoTIFF.
     """
 
     folder: Path
@@ -127,6 +159,8 @@ class Output:
     labels: bool = False
     polygons: Path | None = None
     min_area: int = 0
+    confidence: bool = False
+    min_confidence: float = 0
 
     def overlay_of(self, source: Source) -> Path:
         """Return the path of a source's overlay, a PNG or an MP4."""
@@ -138,14 +172,25 @@ class Output:
             return self.folder / _VIDEO_LABELS / source.name
         return self.folder / _LABELS / f'{source.name}.png'
 
+    def confidence_of(self, source: Source) -> Path:
+        """Return the path of a source's confidence, a PNG; for a video, the folder for those of its frames."""
+        if source.is_video:
+            return self.folder / _VIDEO_CONFIDENCE / source.name
+        return self.folder / _CONFIDENCE / f'{source.name}.png'
+
     def raster_of(self, source: Source) -> Path:
         """Return the path of the label map of a TIFF that is written as GeoTIFF, without an overlay."""
         return self.folder / _LABELS / f'{source.name}.tif'
 
-    def existing(self, sources: Sequence[Source], rasters: Sequence[Source] = ()) -> list[Path]:
-        """List the outputs that exist already: of pictures and videos, and of TIFFs that are written as GeoTIFF."""
-        paths = [self.overlay_of(source) for source in sources]
-        paths += [self.labels_of(source) for source in sources] if self.labels else []
-        paths += [self.raster_of(source) for source in rasters]
-        paths += [self.polygons] if self.polygons else []
-        return [path for path in paths if path.exists()]
+    def paths_of(self, source: Source, is_raster: bool = False) -> list[Path]:
+        """List all outputs of a source: a picture, a video, or a TIFF that is written as GeoTIFF."""
+        if is_raster:
+            return [self.raster_of(source), *([self.polygons] if self.polygons else [])]
+        paths = [self.overlay_of(source)]
+        paths += [self.labels_of(source)] if self.labels else []
+        return paths + ([self.confidence_of(source)] if self.confidence else [])
+
+    def identity(self) -> dict[str, object]:
+        """Return what decides how the outputs look, as plain values by name."""
+        facts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != 'folder'}
+        return facts | dict(polygons=self.polygons and str(self.polygons))

@@ -7,7 +7,6 @@ pixels below it are decided, and up-sampled one class at a time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -170,24 +169,22 @@ class Cell:
         """
         if threshold is not None:
             return ((self.total(0) / self.weight()).sigmoid() > threshold).short()
-        return largest_class(self.channels, self.total, self.region.shape, self._parts[0][0].logits)
+        return largest_class(self.channels, self.total)
 
 
-def largest_class(channels: int, logits: Callable[[int], Tensor], shape: tuple[int, int], like: Tensor) -> Tensor:
+def largest_class(channels: int, logits: Callable[[int], Tensor]) -> Tensor:
     """Return the class of the largest logit of every pixel; of equal ones, the first.
 
     Args:
         channels: Number of classes.
         logits: Returns the logits (height, width) of a class.
-        shape: Height and width.
-        like: Tensor of the logits' dtype, on their device.
 
     Returns:
         (height, width), int16.
     """
-    largest = like.new_full(shape, -math.inf)
-    label = torch.zeros(shape, dtype=torch.int16, device=like.device)  # a quarter of the memory traffic of int64
-    for index in range(channels):
+    largest = logits(0).clone()  # which may be a view
+    label = torch.zeros_like(largest, dtype=torch.int16)  # a quarter of the memory traffic of int64
+    for index in range(1, channels):
         logit = logits(index)
         label.masked_fill_(logit > largest, index)
         torch.maximum(logit, largest, out=largest)

@@ -19,6 +19,7 @@ from mmseg_inceptionnext.data.prefetch import map_ahead
 from mmseg_inceptionnext.device import available_memory
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.images import swap_rgb
+from mmseg_inceptionnext.inference.confidence import ClassLogits, logits_of_cell
 from mmseg_inceptionnext.inference.label_map_segmentor import window_logits
 from mmseg_inceptionnext.inference.tiles import Grid, Region, cells
 from mmseg_inceptionnext.models.build import LARGEST_STRIDE, heads_of
@@ -109,6 +110,9 @@ class TiledModel:
         channels: Channels of the images.
         device: The device that the model runs on.
 
+    Attributes:
+        memory: Bytes that tile='auto' goes by; None for those that there are at each image.
+
     Raises:
         UserError: The model does not give logits of tiles, or the test pipeline does more than load, resize and pack.
     """
@@ -128,10 +132,16 @@ class TiledModel:
         if others := [kind for kind in kinds if kind not in ('LoadImageFromNDArray', *_RESIZES, 'PackSegInputs')]:
             raise UserError(f'{name} leaves out {others[0]} of the test pipeline: remove it, or predict without tiles')
         self._resizes = [each for each, kind in zip(pipeline.transforms, kinds, strict=True) if kind in _RESIZES]
+        self.memory = None
         if tiling.tile == 'auto':
             self._bytes_per_pixel = bytes_per_pixel(model, torch.zeros(1, channels, 256, 256, device=device))
         elif self._resizes:
             say(f"{name}: images are not resized as in the config's test pipeline: tiles have their own resolution")
+
+    def fix_memory(self, memory: int | None = None) -> None:
+        """Let tile='auto' go by so many bytes from now on, by default those that there are now."""
+        if self._tiling.tile == 'auto':
+            self.memory = memory or self.memory or available_memory(self._device)
 
     def tile_of(self, size: tuple[int, int]) -> int | None:
         """Return the side of the tiles that an image is predicted in; None for as a whole, in the test pipeline.
@@ -146,27 +156,48 @@ class TiledModel:
         if tile == 'auto':
             seen = _size_after(self._resizes, size)
             whole = _bytes_of_whole(size, seen, self._channels, self._bytes_per_pixel)
-            tile = self._tiling.choose(size, whole, self._bytes_per_pixel, available_memory(self._device))
+            tile = self._tiling.choose(
+                size, whole, self._bytes_per_pixel, self.memory or available_memory(self._device)
+            )
         if tile is not None and min(size) < LARGEST_STRIDE:
             raise UserError(f'{size[1]}×{size[0]} pixels are too thin: no side may be shorter than {LARGEST_STRIDE}')
         return tile
 
-    def labels(self, image: np.ndarray, tile: int, batch_size: int = 1) -> np.ndarray:
+    def labels(self, image: np.ndarray, tile: int, batch_size: int = 1,
+               temperature: float | None = None) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
         """Return the labels (H, W), int16, of an image (H, W, channels), uint8 or float32, RGB.
 
         Args:
             image: The image.
             tile: Side of the tiles.
             batch_size: Tiles in one forward pass.
+            temperature: Return the labels' probabilities (H, W), float32, as well; logits are divided by it.
         """
         size = image.shape[:2]
-        whole, labels = Region(0, size[0], 0, size[1]), np.empty(size, np.int16)
-        for strip in self.strips(size, lambda region: (image[region.within(whole)], None), tile, batch_size):
-            labels[strip.top : strip.top + len(strip.labels)] = strip.labels
-        return labels
+        labels = np.empty(size, np.int16)
+        confidence = None if temperature is None else np.empty(size, np.float32)
+        for strip in self.strips(size, _reader(image), tile, batch_size, temperature):
+            rows = slice(strip.top, strip.top + len(strip.labels))
+            labels[rows] = strip.labels
+            if confidence is not None:
+                confidence[rows] = strip.confidence
+        return labels, confidence
+
+    def parts(self, image: np.ndarray, tile: int, batch_size: int = 1) -> Iterator[tuple[Region, ClassLogits]]:
+        """Run the network on an image as :meth:`labels` does, and yield parts of it and their logits."""
+        grid = self._tiling.grid(image.shape[:2], tile)
+        with ThreadPoolExecutor(1) as reader:
+            tiles = (pixels for _, (pixels, _) in map_ahead(reader, _reader(image), grid.windows(), 2 * batch_size))
+
+            def logits() -> Iterator[Tensor]:
+                while batch := list(islice(tiles, batch_size)):
+                    yield from self._logits(batch)
+
+            for cell in cells(grid, logits(), self._align_corners, self._tiling.blend):
+                yield cell.region, logits_of_cell(cell, self._threshold)
 
     def strips(self, size: tuple[int, int], read: Callable[[Region], tuple[np.ndarray, np.ndarray | None]],
-               tile: int, batch_size: int = 1) -> Iterator[Strip]:  # fmt: skip
+               tile: int, batch_size: int = 1, temperature: float | None = None) -> Iterator[Strip]:  # fmt: skip
         """Predict an image in tiles, a strip of its width at a time, from the top. Tiles are read ahead.
 
         Args:
@@ -176,17 +207,25 @@ class TiledModel:
                 without a valid pixel are not computed.
             tile: Side of the tiles.
             batch_size: Tiles in one forward pass.
+            temperature: Strips have the labels' probabilities as well; logits are divided by it.
 
         Raises:
             UserError: A logit is not finite.
         """
-        if self._contract is not None:
-            threshold, align_corners = self._contract.threshold, self._contract.align_corners
-        else:
-            threshold = heads_of(self._model)[-1].threshold if self._model.out_channels == 1 else None
-            align_corners = self._model.align_corners
         grid = self._tiling.grid(size, tile)
-        return _label_strips(grid, read, self._logits, align_corners, threshold, self._tiling.blend, batch_size)
+        return _label_strips(
+            grid, read, self._logits, self._align_corners, self._threshold, self._tiling.blend, batch_size, temperature
+        )
+
+    @property
+    def _threshold(self) -> float | None:
+        if self._contract is not None:
+            return self._contract.threshold
+        return heads_of(self._model)[-1].threshold if self._model.out_channels == 1 else None
+
+    @property
+    def _align_corners(self) -> bool:
+        return (self._contract or self._model).align_corners
 
     @torch.inference_mode()
     def _logits(self, pixels: list[np.ndarray]) -> Tensor:
@@ -263,11 +302,18 @@ class Strip:
         top: The first row.
         labels: (rows, width) int16.
         valid: (rows, width) bool: where the image has values; None for everywhere.
+        confidence: (rows, width) float32: probabilities of the labels, where they are asked for.
     """
 
     top: int
     labels: np.ndarray
     valid: np.ndarray | None = None
+    confidence: np.ndarray | None = None
+
+
+def _reader(image: np.ndarray) -> Callable[[Region], tuple[np.ndarray, None]]:
+    whole = Region(0, image.shape[0], 0, image.shape[1])
+    return lambda region: (image[region.within(whole)], None)
 
 
 def _label_strips(
@@ -278,6 +324,7 @@ def _label_strips(
     threshold: float | None = None,
     blend: bool = False,
     batch_size: int = 1,
+    temperature: float | None = None,
 ) -> Iterator[Strip]:
     """See :meth:`TiledModel.strips`; ``logits`` returns those of some tiles, (N, classes, h, w)."""
     valid: list[np.ndarray | None] = []  # of the tiles whose cells are to come
@@ -293,17 +340,22 @@ def _label_strips(
 
     with ThreadPoolExecutor(1) as reader:
         tiles = map_ahead(reader, read, grid.windows(), 2 * batch_size)
-        labels = masks = None
+        labels = masks = confidence = None
         for cell in cells(grid, batched(tiles), align_corners, blend):
             region, mask = getattr(cell, 'region', cell), valid.pop(0)
             if labels is None:
                 strip = Region(region.top, region.bottom, 0, grid.size[1])
                 labels, masks = np.zeros(strip.shape, np.int16), np.ones(strip.shape, bool)
+                confidence = None if temperature is None else np.zeros(strip.shape, np.float32)
             part = region.within(strip)
             if mask is not None:
                 masks[part] = mask[: region.bottom - region.top, : region.right - region.left]
             if cell is not region and masks[part].any():
-                labels[part] = cell.labels(threshold).cpu().numpy()
+                found = cell.labels(threshold)
+                labels[part] = found.cpu().numpy()
+                if confidence is not None:
+                    sure, _ = logits_of_cell(cell, threshold).confidence_and_entropy(found, temperature)
+                    confidence[part] = sure.cpu().numpy()
             if region.right == grid.size[1]:
-                yield Strip(region.top, labels, None if masks.all() else masks)
+                yield Strip(region.top, labels, None if masks.all() else masks, confidence)
                 labels = None

@@ -32,7 +32,9 @@ def test_the_file_for_programs(report, trained):
         key: figures[key] for key in ('mIoU', 'mAcc', 'aAcc')
     }
     for name, row in content['per_class'].items():
-        assert {key: row[key] for key in ('IoU', 'Acc')} == figures['per_class'][name]
+        assert {key: row[key] for key in ('IoU', 'BoundaryIoU', 'Acc')} == figures['per_class'][name]
+    assert content['calibration'] == figures['calibration'] and content['ECE'] == figures['ECE'] > 0
+    assert 'Calibration</h2>' in (folder / 'index.html').read_text()
     assert sum(row['pixels'] for row in content['per_class'].values()) > 0
     assert [Path(image['path']).name for image in content['images']] != []
     assert content['images'] == sorted(content['images'], key=lambda image: image['mIoU'])
@@ -72,7 +74,9 @@ def test_in_a_browser(report, width):
         assert page.evaluate('document.documentElement.scrollWidth') <= width
 
         pictures = page.locator('img')
-        assert pictures.count() == 1 + 4 * 2  # the heat map; four panels of the worst and the best of two images
+        assert (
+            pictures.count() == 2 + 4 * 2
+        )  # the heat map; calibration; four panels of the worst and the best of two images
         assert page.evaluate('[...document.images].every(image => image.complete && image.naturalWidth > 0)')
 
         def column(index: int) -> list[str]:
@@ -93,7 +97,7 @@ def test_in_a_browser(report, width):
 
 
 def test_of_images_that_are_unlabelled_altogether(trained, tmp_path):
-    figures = dict(mIoU=None, mAcc=None, aAcc=None, per_class={'a': dict(IoU=None, Acc=None)})
+    figures = dict(mIoU=None, mAcc=None, aAcc=None, per_class={'a': dict(IoU=None, Acc=None)}, calibration={})
     images = [EvaluatedImage('x.jpg', b'', b'', np.zeros((0, 3), np.int64))]
     write_report(tmp_path, figures, images, dict(classes=['a'], palette=[[1, 2, 3]]), Config(), trained)
     assert 'lowest IoU' not in (tmp_path / 'index.html').read_text()

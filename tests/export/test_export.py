@@ -13,7 +13,15 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.datasets import ADE20KDataset
 from PIL import Image
-from support import ROOT, TINY_CONFIG, TINY_UPERNET, assert_user_error, needs_onnx_exporter, segmentor_with_statistics
+from support import (
+    ROOT,
+    TINY_CONFIG,
+    TINY_UPERNET,
+    assert_user_error,
+    needs_onnx_exporter,
+    save_segmentor,
+    segmentor_with_statistics,
+)
 
 from mmseg_inceptionnext import Segmentor, UserError
 from mmseg_inceptionnext.config import find_config
@@ -21,6 +29,7 @@ from mmseg_inceptionnext.export.export import export, mmseg_logits, resize_trans
 from mmseg_inceptionnext.inference import onnx_model
 from mmseg_inceptionnext.inference.onnx_model import OnnxModel
 from mmseg_inceptionnext.inference.segmentor import load_trained
+from mmseg_inceptionnext.inference.temperature import write_temperature
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
@@ -215,8 +224,10 @@ def test_half_precision(checkpoints, tmp_path):
 
 @needs_onnx_exporter
 def test_a_file_that_deviates_is_not_kept(checkpoints, tmp_path, monkeypatch):
-    run = OnnxModel.run
-    monkeypatch.setattr(OnnxModel, 'run', lambda self, images: run(self, images) * np.float32(1.001))
+    outputs = OnnxModel.outputs
+    monkeypatch.setattr(
+        OnnxModel, 'outputs', lambda self, images: [x * np.float32(1.001) for x in outputs(self, images)]
+    )
     out = tmp_path / 'model.onnx'
     out.write_text('what was there')
     with pytest.raises(UserError, match='deviates by 1.0e-03 of the largest logit, more than 1e-04'):
@@ -332,3 +343,48 @@ def test_every_baseline(name, tmp_path):
     path = find_config(f'baselines/{name}')
     verified = export(path, checkpoint_of(path, tmp_path), tmp_path / 'm.onnx', (64, 96), verify=1)
     assert verified.error < 1e-4
+
+
+@needs_onnx_exporter
+@pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino', None])
+def test_the_confidence_is_a_second_output(tmp_path, runtime):
+    """Of one class against the others, with the temperature beside the checkpoint, in both forms of the up-sampling."""
+    files = save_segmentor(tmp_path, classes=5)
+    write_temperature(files[1], dict(temperature=1.7))
+    pixels = np.random.default_rng(0).integers(256, size=(64, 96, 3), dtype=np.uint8)
+    expected = Segmentor(*files, device='cpu', precision='fp32')(pixels)
+    for labels, dynamic in ((True, False), (False, False), (True, True)):
+        out = tmp_path / ('a.onnx' if runtime else 'a.pt2')
+        verified = export(*files, out, (64, 96), dynamic, labels, verify=1, runtime=runtime, confidence=True)
+        assert verified.confidence_error < 1e-5
+        if runtime is None:
+            found = torch.export.load(out).module()(torch.from_numpy(pixels.transpose(2, 0, 1)[None]))
+            np.testing.assert_allclose(found[1][0], expected.confidence, atol=1e-5)
+            continue
+        assert [output.name for output in onnx.load(out).graph.output] == [
+            'labels' if labels else 'logits',
+            'confidence',
+        ]
+        segmentor = Segmentor(out)
+        assert segmentor.temperature == 1.7
+        np.testing.assert_allclose(segmentor(pixels).confidence, expected.confidence, atol=1e-5)
+        assert np.mean(segmentor(pixels).labels == expected.labels) > 0.999
+    if runtime == 'onnxruntime':
+        larger = segmentor(pixels[:, :, ::-1].repeat(2, 0).repeat(2, 1))
+        assert larger.confidence.shape == (128, 192)
+        with pytest.raises(UserError, match='returns labels without logits: export it with confidence=True'):
+            larger.top(2)
+
+
+def test_mistakes_of_confidence(tmp_path, tool_here):
+    files = save_segmentor(tmp_path)
+    command = ('export', *files, '--out', 'a.onnx', '--confidence')
+    Image.new('RGB', (64, 64)).save(tmp_path / 'a.png')
+    Image.new('RGB', (64, 64)).save(tmp_path / 'b.png')
+    process = tool_here(*command, '--precision', 'int8', '--calibrate', '.')
+    assert_user_error(process, '--confidence and --precision int8 exclude each other')
+    assert_user_error(tool_here(*command, '--for', 'deepness'), 'drop the other options')
+    write_temperature(files[1], dict(temperature=2))
+    save_segmentor(tmp_path, seed=1)
+    assert_user_error(tool_here(*command), 'was fitted for another checkpoint')
+    assert not (tmp_path / 'a.onnx').exists()

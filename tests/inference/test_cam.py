@@ -89,6 +89,8 @@ def test_a_folder_is_drawn(trained, picture, tool_here, tmp_path):
     assert Image.open(tmp_path / 'out' / 'a.png').size == (110, 70)
     assert_user_error(tool_here(*arguments), 'a.png exists already: pass --overwrite')
     assert tool_here(*arguments, '--overwrite', '--cam-layer', 'backbone.stages.0').stdout == process.stdout
+    (tmp_path / 'out' / 'manifest.jsonl').write_text('{}\n')
+    assert_user_error(tool_here(*arguments, '--overwrite'), 'has a manifest', 'choose another --out DIR')
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,12 @@ def test_a_folder_is_drawn(trained, picture, tool_here, tmp_path):
         (['--cam-layer', 'backbone.stages.3'], ['--cam-layer goes with --cam']),
         (['--cam', 'wall', '--labels'], ['--labels does not go with --cam']),
         (['--cam', 'wall', '--tile', '64'], ['--tile does not go with --cam']),
+        (['--cam', 'wall', '--overlap', '8'], ['--overlap does not go with --cam']),
+        (['--cam', 'wall', '--confidence'], ['--confidence does not go with --cam']),
+        (['--cam', 'wall', '--min-confidence', '0.5'], ['--min-confidence does not go with --cam']),
+        (['--cam', 'wall', '--skip-existing'], ['--skip-existing does not go with --cam']),
+        (['--cam', 'wall', '--shard', '1/2'], ['--shard does not go with --cam']),
+        (['--cam', 'wall', '--precision', 'bf16'], ['--precision does not go with --cam']),
     ],
     ids=str,
 )

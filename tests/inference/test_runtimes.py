@@ -1,6 +1,7 @@
 """Exported files run in ONNX Runtime and in OpenVINO, in each precision; a runtime's failure is one line."""
 
 import pickle
+import subprocess
 import sys
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from mmengine.registry import init_default_scope
 from mmseg.datasets import ADE20KDataset
-from support import TINY_UPERNET, assert_user_error, segmentor_with_statistics
+from support import TINY_CONFIG, TINY_UPERNET, assert_user_error, segmentor_with_statistics
 
 from mmseg_inceptionnext import Segmentor, UserError
 from mmseg_inceptionnext.export.export import export
@@ -117,6 +118,20 @@ def test_segmentor_and_predict_take_the_runtime_and_threads(written, tool_here, 
     assert process.returncode == 0 and '1 images in o' in process.stdout, process.stderr[-2000:]
 
 
+def test_a_trained_segmentor_takes_a_number_of_threads_as_well(trained, tool_here, tmp_path):
+    image, threads = np.zeros((64, 64, 3), np.uint8), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        process = tool_here(
+            'predict', TINY_CONFIG, trained, *write_images(tmp_path, image), '--out', 'o', '--threads', 1
+        )
+        used = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(threads)
+    assert process.returncode == 0 and '1 images in o' in process.stdout, process.stderr[-2000:]
+    assert used == 1
+
+
 def write_images(folder, *images):
     from PIL import Image
 
@@ -170,6 +185,22 @@ def test_a_graph_that_a_runtime_cannot_run_is_one_line(written, runtime, tmp_pat
     (tmp_path / 'm.onnx').write_bytes(model.SerializeToString())
     with pytest.raises(UserError, match=f'm.onnx cannot be run by {RUNTIMES[runtime].name}: '):
         OnnxModel(tmp_path / 'm.onnx').run(np.zeros((1, 3, *SIZE), np.uint8))
+
+
+def test_a_signal_after_openvino_reaches_its_handler(written):
+    """Not SIGSEGV, although the model was dropped in another thread than it was made in."""
+    program = (
+        'import os, signal, sys, threading\n'
+        'from mmseg_inceptionnext.inference.onnx_model import OnnxModel\n'
+        'signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n'
+        'models = [OnnxModel(sys.argv[1])]\n'
+        'thread = threading.Thread(target=models.clear)\n'
+        'thread.start(); thread.join()\n'
+        'os.kill(os.getpid(), signal.SIGTERM)\n'
+    )
+    path, _ = written(runtime='openvino', labels=True)
+    process = subprocess.run([sys.executable, '-c', program, path], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 7, process.stderr[-2000:]
 
 
 def test_an_interrupt_ends_a_run_in_openvino(written, images, monkeypatch):
