@@ -24,7 +24,7 @@ from PIL import Image
 from torch import nn
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
-from mmseg_inceptionnext.config_files import find_config, read_config, require, without_scope
+from mmseg_inceptionnext.config_files import find_config, read_config, require, require_segmentor, without_scope
 from mmseg_inceptionnext.data.pipeline import leaf_datasets, pipeline_for_arrays
 from mmseg_inceptionnext.device import find_device
 from mmseg_inceptionnext.drawing import add_legend, draw_overlay, hatch
@@ -516,6 +516,7 @@ def load_trained(
     """
     cfg = without_scope(copy.deepcopy(config)) if isinstance(config, Config) else read_config(config)
     require(cfg, 'model', 'test_dataloader')
+    require_segmentor(cfg)
     content = read_checkpoint(checkpoint)
     if classes is None:
         found = classes_of_checkpoint(content, checkpoint)

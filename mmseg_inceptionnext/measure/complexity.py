@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg_inceptionnext.config_files import heads, read_config
+from mmseg_inceptionnext.config_files import heads, is_classifier, read_config
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.measure.imagenet import imagenet_config, is_imagenet_model
 from mmseg_inceptionnext.models.build import LARGEST_STRIDE, build_segmentor, channels_of
@@ -53,18 +53,21 @@ def measure_complexity(config: str | Path, shape: tuple[int, int] | None = None)
     Args:
         config: Path or name of a config; or an arch of MetaNeXt or a model of timm, such as 'convnext_tiny_k5'.
         shape: Height and width of the image. Default: the paper's, 512×2048 for UperNet, 512×512 for other segmentors
-            and 224×224 for classifiers.
+            and 224×224 for classifiers, or what the config of one crops to.
 
     Raises:
         UserError: The config cannot be read, or the model cannot take the shape.
     """
-    is_classifier = is_imagenet_model(config)
-    cfg = imagenet_config(str(config)) if is_classifier else read_config(config)
-    with torch.device('meta') if is_classifier else nullcontext():  # drawing 90 M weights takes seconds
+    is_name = is_imagenet_model(config)
+    cfg = imagenet_config(str(config)) if is_name else read_config(config)
+    with torch.device('meta') if is_name else nullcontext():  # drawing 90 M weights takes seconds
         model = build_segmentor(cfg).eval()
     types = [head.type for name, head in heads(cfg.model) if name == 'decode_head']
-    if shape is None and is_classifier:
+    if shape is None and is_name:
         shape = (224, 224)
+    elif shape is None and is_classifier(cfg):
+        (side,) = (step.crop_size for step in cfg.test_dataloader.dataset.pipeline if step.type == 'CenterCrop')
+        shape = (side, side)
     elif shape is None:
         shape = (512, 2048) if any('UPerHead' in kind for kind in types) else (512, 512)
 

@@ -18,6 +18,7 @@ from mmseg.structures import SegDataSample
 from torch import nn
 
 from mmseg_inceptionnext.config import override, read_config, set_data_root
+from mmseg_inceptionnext.config_files import require_segmentor
 from mmseg_inceptionnext.data.check import check_data
 from mmseg_inceptionnext.device import device_name, keep_freed_memory, peak_memory_mb
 from mmseg_inceptionnext.inference.optimize import made_for, optimize_for_inference
@@ -74,6 +75,8 @@ class TimedModel:
     def __init__(self, config: str, setting: Setting, checkpoint: str | None):
         self.cfg = imagenet_config(str(config)) if is_imagenet_model(config) else read_config(config)
         self.setting, self.device = setting, get_device()
+        if setting.task != 'backbone':
+            require_segmentor(self.cfg)
         override(self.cfg, data=setting.data)
         _set_precision(setting.precision)
         self.batch_size, self.shape = self._sizes()

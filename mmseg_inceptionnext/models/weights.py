@@ -70,21 +70,69 @@ def load_pretrained(backbone: nn.Module, source: str) -> None:
     )
 
 
+def load_classifier(model: nn.Module, source: str, finetune: bool = False) -> dict:
+    """Load a trained ImageNet classifier, all of it or nothing.
+
+    Args:
+        model: An :class:`~mmseg_inceptionnext.models.classifier.ImageNetClassifier`, possibly wrapped.
+        source: Name in timm ('inception_next_tiny.sail_in1k'), https URL, or path of a .pth or .safetensors file from
+            timm, from the paper's authors, or of a classifier trained here.
+        finetune: Leave out the last layer where it has another number of classes than the model, and say so.
+
+    Returns:
+        The content of the checkpoint.
+
+    Raises:
+        UserError: The source cannot be found or read, would run code when unpickled, or does not fit.
+    """
+    path = _locate(str(source))
+    content = read_checkpoint(path)
+    module = model.module if is_model_wrapper(model) else model
+    expected = module.state_dict()
+    loaded = {}
+    for key, value in backbone_and_head_state_dict(content, path).items():
+        loaded[key if key.startswith(('backbone.', 'head.')) else f'backbone.{key}'] = value
+    there, here = loaded.get('head.fc2.weight'), expected['head.fc2.weight']
+    left_out = ''
+    if there is not None and len(there) != len(here):
+        if not finetune:
+            raise UserError(f'{path} has {len(there)} classes, the config {len(here)}: set model.head.num_classes')
+        left_out = f'; left out: its classifier of {len(there)} classes, as there are {len(here)} here'
+        loaded |= {key: value for key, value in expected.items() if key.startswith('head.fc2.')}
+    if problems := _differences(expected, loaded):
+        backbone = {key.removeprefix('backbone.'): value for key, value in loaded.items()}
+        raise UserError(f'{path} does not fit the classifier{_recognised(backbone)}: {problems}')
+    module.load_state_dict(loaded)
+    say(f'Loaded {len(loaded)} tensors into the classifier from {path}{left_out}')
+    return content
+
+
 def backbone_state_dict(checkpoint: dict, path: Path) -> dict[str, Tensor]:
     """Return the backbone's tensors of a checkpoint, without the container and prefixes that programs add.
 
     Raises:
         UserError: There are no tensors.
     """
+    return _inside('backbone.', backbone_and_head_state_dict(checkpoint, path))
+
+
+def backbone_and_head_state_dict(checkpoint: dict, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint, without the container and the prefix of a distributed model.
+
+    Raises:
+        UserError: There are no tensors.
+    """
     container = next((key for key in _CONTAINERS if isinstance(checkpoint.get(key), dict)), None)
-    state_dict = checkpoint[container] if container else checkpoint
-    state_dict = _tensors(state_dict)
-    for prefix in ('module.', 'backbone.'):
-        if any(key.startswith(prefix) for key in state_dict):
-            state_dict = {key.removeprefix(prefix): v for key, v in state_dict.items() if key.startswith(prefix)}
+    state_dict = _inside('module.', _tensors(checkpoint[container] if container else checkpoint))
     if not state_dict:
         raise UserError(f'{path} holds no tensors: it has the keys {_some(checkpoint)}')
     return state_dict
+
+
+def _inside(prefix: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what has a prefix, without it; all, if nothing has it."""
+    found = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    return found or state_dict
 
 
 # Names of parameters in the released ConvNeXts and in timm's, and ours for the same.
