@@ -7,7 +7,7 @@ from mmseg_inceptionnext.measure.paper_tables import paper_table, plot_figure_3
 def main() -> None:
     parser = ToolParser('paper', __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument('--table', type=int, choices=(1, 2, 3, 4, 5, 6, 7, 8, 10), help='number of the table')
+    what.add_argument('--table', type=int, choices=range(1, 11), help='number of the table')
     what.add_argument('--figure', type=int, choices=(3,), help='number of the figure')
     parser.add_argument('--out', type=output_file, metavar='FILE', help='picture of the figure (figure_N.png)')
     args = parser.parse_args()

@@ -163,13 +163,41 @@ TABLE_8 = (
 TABLE_10 = {'upernet': {'t': 0.2, 's': 0.3, 'b': 0.4}, 'fpn': {'t': 0.1, 's': 0.2, 'b': 0.2}}
 
 
-def imagenet_row(model: str) -> ImageNetRow | None:
-    """Return the row of an ImageNet model at its first size, with the most digits that the paper prints; or None.
+# ImageNet recipes, for A, T, S, B and for B at 384².
+TABLE_9_CONFIGS = tuple(f'imagenet/inceptionnext_{name}' for name in ('a', 't', 's', 'b', 'b_384'))
+TABLE_9 = {
+    'input resolution': ('224²', '224²', '224²', '224²', '384²'),
+    'epochs': ('450', '300', '300', '300', '30'),
+    'batch size': ('1280', '4096', '4096', '4096', '1024'),
+    'optimizer': ('AdamW',) * 5,
+    'Adam ε': ('1e-08',) * 5,
+    'Adam (β1, β2)': ('(0.9, 0.999)',) * 5,
+    'learning rate': ('0.001', '0.004', '0.004', '0.004', '5e-05'),
+    'learning rate decay': ('Cosine',) * 5,
+    'gradient clipping': ('None',) * 5,
+    'warmup epochs': ('5', '20', '20', '20', 'None'),
+    'weight decay': ('0.05',) * 5,
+    'random augment': ('5/uniform', '9/0.5', '9/0.5', '9/0.5', '9/0.5'),
+    'repeated augmentation': ('off',) * 5,
+    'cutmix': ('1.0',) * 5,
+    'mixup': ('0.2', '0.8', '0.8', '0.8', '0.8'),
+    'cutmix-mixup switch prob': ('0.5',) * 5,
+    'random erasing prob': ('0.1', '0.25', '0.25', '0.25', '0.25'),
+    'label smoothing': ('0.1',) * 5,
+    'peak stochastic depth rate': ('0.1', '0.1', '0.3', '0.4', '0.7'),
+    'dropout in classifier': ('0.0', '0.0', '0.0', '0.0', '0.5'),
+    'LayerScale initialization': ('1e-06', '1e-06', '1e-06', '1e-06', 'pre-trained'),
+    'EMA decay rate': ('None', 'None', 'None', 'None', '0.9999'),
+}
+
+
+def imagenet_row(model: str, shape: tuple[int, int] = (224, 224)) -> ImageNetRow | None:
+    """Return the row of an ImageNet model at a size of images, with the most digits that the paper prints; or None.
 
     Throughput is the A100's where the paper has it.
     """
     rows = (*TABLE_1, *TABLE_3, *TABLE_8, *TABLE_4, *TABLE_5)
-    return next((row for row in rows if row.model == model), None)
+    return next((row for row in rows if row.model == model and (row.size, row.size) == tuple(shape)), None)
 
 
 def paper_row(config: str | Path) -> PaperRow | None:

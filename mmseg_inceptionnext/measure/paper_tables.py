@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
+from mmengine.config import Config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,12 +24,15 @@ from mmseg_inceptionnext.measure.paper import (
     TABLE_6,
     TABLE_7,
     TABLE_8,
+    TABLE_9,
+    TABLE_9_CONFIGS,
     TABLE_10,
     ImageNetRow,
 )
 from mmseg_inceptionnext.measure.tables import complexity_table
 from mmseg_inceptionnext.models.token_mixers import DWConv2d, InceptionDWConv2d
 
+IMAGENET_IMAGES = 1281167  # for training
 # The first stage of InceptionNeXt-T at 224×224, for which token mixers are counted.
 CHANNELS, SIDE = 96, 56
 # Table 2's convolutions by the size of their kernel.
@@ -43,7 +47,7 @@ def paper_table(number: int) -> str:
     """Return a table of the paper in Markdown, with our figures beside the printed ones.
 
     Raises:
-        UserError: It cannot be made by counting.
+        UserError: There is no such table, or mmpretrain, which reads the configs of Table 9, is not installed.
     """
     if number in (1, 3, 4, 5, 8):
         return imagenet_table({1: TABLE_1, 3: TABLE_3, 4: TABLE_4, 5: TABLE_5, 8: TABLE_8}[number])
@@ -54,7 +58,9 @@ def paper_table(number: int) -> str:
         return complexity_table([measure_complexity(config) for config in rows], paper=True)
     if number == 10:
         return drop_path_table()
-    raise UserError(f'table={number} has nothing to count: see docs/paper.md')
+    if number == 9:
+        return recipe_table()
+    raise UserError(f'table={number} is not in the paper: it has Tables 1 to 10')
 
 
 def imagenet_table(rows: Sequence[ImageNetRow]) -> str:
@@ -97,6 +103,60 @@ def drop_path_table() -> str:
             name = f'{family}/inceptionnext_{size}'
             cells.append([name, f'{read_config(name).model.backbone.drop_path_rate}', f'{printed}'])
     return markdown_table(['config', 'drop_path_rate', 'paper'], cells)
+
+
+def recipe_table() -> str:
+    """Set the settings of the ImageNet configs beside Table 9.
+
+    Raises:
+        UserError: mmpretrain, which reads them, is not installed.
+    """
+    recipes = [_recipe(read_config(config)) for config in TABLE_9_CONFIGS]
+    header = ['setting', *(text for config in TABLE_9_CONFIGS for text in (config.removeprefix('imagenet/'), 'paper'))]
+    cells = []
+    for name, printed in TABLE_9.items():
+        pairs = zip(recipes, printed, strict=True)
+        cells.append([name, *(text for recipe, paper in pairs for text in (str(recipe[name]), paper))])
+    return markdown_table(header, cells)
+
+
+def _recipe(cfg: Config) -> dict[str, object]:
+    """Return the settings of an ImageNet config by their names in Table 9."""
+    batch, optimizer, model = cfg.auto_scale_lr.base_batch_size, cfg.optim_wrapper.optimizer, cfg.model
+    steps = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
+    augments = {augment.type: augment.alpha for augment in model.train_cfg.augments}
+    probs = model.train_cfg.get('probs') or [1 / len(augments)] * len(augments)
+    strength = steps['RandAugment']
+    *warmups, decay = cfg.param_scheduler
+    ema = [1 - hook.momentum for hook in cfg.custom_hooks if hook.type == 'EMAHook']
+
+    def epochs(iterations: int) -> int:
+        return round(iterations * batch / IMAGENET_IMAGES)
+
+    return {
+        'input resolution': f'{steps["RandomResizedCrop"].scale}²',
+        'epochs': epochs(cfg.train_cfg.max_iters),
+        'batch size': batch,
+        'optimizer': optimizer.type,
+        'Adam ε': optimizer.eps,
+        'Adam (β1, β2)': tuple(optimizer.betas),
+        'learning rate': optimizer.lr,
+        'learning rate decay': decay.type.removesuffix('AnnealingLR'),
+        'gradient clipping': cfg.optim_wrapper.get('clip_grad'),
+        'warmup epochs': epochs(warmups[0].end) if warmups else None,
+        'weight decay': optimizer.weight_decay,
+        'random augment': f'{strength.magnitude_level}/{strength.magnitude_std}'.replace('inf', 'uniform'),
+        'repeated augmentation': 'on' if 'Repeat' in cfg.train_dataloader.sampler.type else 'off',
+        'cutmix': augments['CutMix'],
+        'mixup': augments['Mixup'],
+        'cutmix-mixup switch prob': probs[0],
+        'random erasing prob': steps['RandomErasing'].erase_prob,
+        'label smoothing': model.head.loss.label_smooth_val,
+        'peak stochastic depth rate': model.backbone.drop_path_rate,
+        'dropout in classifier': model.head.dropout,
+        'LayerScale initialization': 'pre-trained' if model.get('init_cfg') else model.backbone.layer_scale_init_value,
+        'EMA decay rate': ema[0] if ema else None,
+    }
 
 
 def plot_figure_3(path: str | Path, largest: int = 31) -> None:

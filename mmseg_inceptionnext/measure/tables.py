@@ -28,7 +28,7 @@ def complexity_table(rows: Sequence[Complexity], paper: bool = False) -> str:
     if paper:
         header += ['paper: params', 'Δ', 'paper: GMACs', 'Δ']
         for row, line in zip(rows, cells, strict=True):
-            printed = imagenet_row(row.config) or paper_row(row.config)
+            printed = imagenet_row(row.config, row.shape) or paper_row(row.config)
             line += (
                 [f'{printed.params}', _difference(row.params_m, float(printed.params)),
                  f'{printed.macs}', _difference(row.gmacs, float(printed.macs))] if printed else ['–'] * 4
@@ -47,7 +47,7 @@ def speed_table(rows: Sequence[Speed]) -> str:
     header = ['config', 'images/s', 'min', 'max', 'ratio', 'spread', 'peak MB', 'layout']
     header += ['fwd+bwd'] if train else []
     header += ['paper: FPS', 'ratio'] if any(printed) else []
-    imagenet = [imagenet_row(row.config) if row.task == 'backbone' else None for row in rows]
+    imagenet = [imagenet_row(row.config, row.shape) if row.task == 'backbone' else None for row in rows]
     header += ['paper: infer', 'ratio', 'paper: train', 'ratio'] if any(imagenet) else []
     cells = []
     for i, (row, paper) in enumerate(zip(rows, printed, strict=True)):

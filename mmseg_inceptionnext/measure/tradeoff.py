@@ -26,7 +26,7 @@ def plot_tradeoff(rows: Sequence[Speed], path: str | Path) -> None:
     """
     families: dict[str, list[tuple[float, float, str]]] = {}
     for row in rows:
-        if found := imagenet_row(row.config):
+        if found := imagenet_row(row.config, row.shape):
             family, _, size = row.config.partition('_')
             families.setdefault(family, []).append((row.fps_forward_backward or row.fps, found.top1, size))
         elif printed := paper_row(row.config):
@@ -54,7 +54,7 @@ def plot_tradeoff(rows: Sequence[Speed], path: str | Path) -> None:
         for fps, quality, size in points:
             axes.annotate(size, (fps, quality), textcoords='offset points', xytext=(7, 5), fontsize=8)
     first = rows[0]
-    is_imagenet = imagenet_row(first.config) is not None
+    is_imagenet = imagenet_row(first.config, first.shape) is not None
     what = {'fps': 'Inference', 'train': 'Training', 'backbone': 'Backbone inference'}[first.task]
     what = 'Forward and backward' if is_imagenet and first.fps_forward_backward else what
     axes.set_xlabel(f'{what}, images/s (measured: {first.device}, {first.dtype}, {first.shape[0]}×{first.shape[1]})')
