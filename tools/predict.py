@@ -21,7 +21,9 @@ from mmseg_inceptionnext.command_line import (
     positive_int,
     run,
 )
+from mmseg_inceptionnext.config_files import is_classifier, read_config
 from mmseg_inceptionnext.inference.cam import predict_cams
+from mmseg_inceptionnext.inference.classifier import Classifier
 from mmseg_inceptionnext.inference.onnx_model import is_onnx
 from mmseg_inceptionnext.inference.predict import count_images, predict
 from mmseg_inceptionnext.inference.runtimes import RUNTIMES
@@ -132,6 +134,11 @@ def main() -> None:
     given = [name for name in OF_LABELS if getattr(args, name) != parser.get_default(name)]
     if given and args.cam is not None:
         parser.error(f'--{given[0].replace("_", "-")} does not go with --cam, which only draws maps of a class')
+    classifies = not is_onnx(args.config) and is_classifier(read_config(args.config))
+    if classifies and args.cam is None:
+        parser.error(f'{args.config} is the config of a classifier: pass --cam CLASS to draw where it looks')
+    if classifies and (given := [name for name in ('classes', 'runtime') if getattr(args, name)]):
+        parser.error(f'--{given[0]} is for segmentors, {args.config} is the config of a classifier')
     if not args.inputs:
         parser.error('the following arguments are required: input')
 
@@ -144,7 +151,7 @@ def main() -> None:
         lines = sys.stdin
     sources = find_sources(args.inputs, args.out, lines)
     with trusting_checkpoints(args.trust_checkpoint):
-        segmentor = Segmentor(
+        segmentor = Classifier(args.config, args.checkpoint, args.device) if classifies else Segmentor(
             args.config, args.checkpoint, args.device, args.classes, args.fast, args.precision, args.runtime,
             tile=args.tile, overlap=args.overlap, blend=args.blend,
         )  # fmt: skip

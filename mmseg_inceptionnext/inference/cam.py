@@ -1,4 +1,4 @@
-"""Where a segmentor looks for a class: Grad-CAM (Figure 4 of the paper) for segmentation, by the package grad-cam."""
+"""Where a model looks for a class: Grad-CAM (Figure 4 of the paper), by the package grad-cam."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from mmseg.models.segmentors import EncoderDecoder
+from mmengine.model import BaseModel
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,17 +22,18 @@ from mmseg_inceptionnext.models.build import heads_of
 from mmseg_inceptionnext.models.metanext import MetaNeXt
 
 if TYPE_CHECKING:
+    from mmseg_inceptionnext.inference.classifier import Classifier
     from mmseg_inceptionnext.inference.segmentor import Segmentor
 
 
-def class_activation_map(model: EncoderDecoder, packed: dict, index: int, layer: str | None = None) -> np.ndarray:
+def class_activation_map(model: BaseModel, packed: dict, index: int, layer: str | None = None) -> np.ndarray:
     """Return how much each place of a layer's feature map raises the logits of a class.
 
-    The score whose gradient is taken is the sum of the class's logits over the pixels that are predicted as it; over
-    all pixels, if none is.
+    The score whose gradient is taken is a classifier's logit of the class; of a segmentor, the sum of the class's
+    logits over the pixels that are predicted as it, or over all pixels, if none is.
 
     Args:
-        model: A trained segmentor, in eval mode and not optimised, without gradients of its parameters.
+        model: A trained segmentor or classifier, in eval mode and not optimised, without gradients of its parameters.
         packed: What the test pipeline makes of an image: ``inputs`` (C, H, W) and ``data_samples``.
         index: Index of the class.
         layer: Name of a module of the model, such as 'backbone.stages.2'. Default: the last stage of a MetaNeXt.
@@ -49,6 +50,8 @@ def class_activation_map(model: EncoderDecoder, packed: dict, index: int, layer:
     head = heads_of(model)[-1]
 
     def score(logits: Tensor) -> Tensor:
+        if logits.ndim == 1:  # of a classifier
+            return logits[index]
         chosen, predicted = logits[index % len(logits)], logits.argmax(0) == index
         if len(logits) == 1:  # one channel stands for both classes
             chosen, predicted = chosen if index else -chosen, (chosen.sigmoid() > head.threshold) == bool(index)
@@ -76,7 +79,7 @@ def draw_cam(image: np.ndarray, values: np.ndarray) -> Image.Image:
 
 
 def predict_cams(
-    segmentor: Segmentor,
+    segmentor: Segmentor | Classifier,
     sources: Sequence[Source],
     output: Output,
     name: str,
@@ -87,7 +90,7 @@ def predict_cams(
     """Write the map of a class for each image, in the place of an overlay.
 
     Args:
-        segmentor: The segmentor.
+        segmentor: The segmentor, or the classifier.
         sources: Images.
         output: Where to write.
         name, layer: Arguments of :meth:`~mmseg_inceptionnext.Segmentor.cam`.
@@ -127,9 +130,9 @@ def predict_cams(
 
 
 class _Logits(nn.Module):
-    """A segmentor as grad-cam calls it."""
+    """A model as grad-cam calls it."""
 
-    def __init__(self, model: EncoderDecoder):
+    def __init__(self, model: BaseModel):
         super().__init__()
         self.model = model
 
@@ -137,7 +140,7 @@ class _Logits(nn.Module):
         return self.model(inputs, mode='tensor')
 
 
-def _layer_of(model: EncoderDecoder, name: str | None) -> tuple[str, nn.Module]:
+def _layer_of(model: BaseModel, name: str | None) -> tuple[str, nn.Module]:
     modules = dict(model.named_modules())
     if name is None:
         if not isinstance(model.backbone, MetaNeXt):

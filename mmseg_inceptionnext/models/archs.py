@@ -158,6 +158,8 @@ def resolve_arch(arch: str | dict) -> dict:
     if isinstance(arch, str):
         names = {name[0]: name for name in ARCHS} | {name: name for name in ARCHS}
         if arch not in names:
+            if arch in METANEXT_ARCHS:
+                raise UserError(f"arch={arch!r} is MetaNeXt's: set type='MetaNeXt'")
             raise UserError(f'unknown arch {arch!r}: choose from {", ".join(map(repr, ARCHS))}, or give a dict')
         return ARCHS[names[arch]]
 

@@ -177,7 +177,7 @@ def test_what_counts_and_builds_models_takes_its_configs():
 
 @pytest.mark.parametrize(
     'arguments',
-    [['predict', 'CONFIG', 'x.pth', 'a.png', '--out', 'out'], ['export', 'CONFIG', 'x.pth', '--out', 'x.onnx'],
+    [['export', 'CONFIG', 'x.pth', '--out', 'x.onnx'],
      ['check_dataset', 'CONFIG'], ['benchmark', 'CONFIG'], ['benchmark', 'CONFIG', '--task', 'train']],
     ids=' '.join,
 )  # fmt: skip

@@ -7,7 +7,7 @@ import timm
 import torch
 from mmengine.config import Config
 from mmseg.registry import MODELS
-from support import TINY_CONFIG, TINY_UPERNET, relative_error, segmentor_with_statistics
+from support import TINY_CONFIG, TINY_UPERNET, assert_user_error, relative_error, segmentor_with_statistics
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
@@ -272,6 +272,27 @@ def test_an_ablation_takes_one_line():
     block = build_segmentor(cfg).backbone.stages[0].blocks[0]
     assert block.token_mixer.dwconv_w.kernel_size == (1, 7) and block.token_mixer.dwconv_hw.kernel_size == (3, 3)
     assert block.token_mixer.dwconv_w.weight.shape[0] == 4  # the arch's branch_ratio
+
+
+def test_an_arch_of_metanext_says_so_where_inceptionnext_is_built():
+    with pytest.raises(UserError, match="arch='convnext_tiny_k3' is MetaNeXt's: set type='MetaNeXt'"):
+        InceptionNeXt('convnext_tiny_k3')
+
+
+@pytest.mark.parametrize(
+    ('options', 'parts'),
+    [
+        (['token_mixer.band_kernel_size=8'], ['band_kernel_size=8 must be odd']),
+        (['token_mixer.kernel=8'], ['token_mixer.kernel is no argument of InceptionDWConv2d']),
+        (['type=MetaNeXt', 'arch=convnext_tiny'], ['do not fit MetaNeXt, whose out_channels are [96, 192, 384, 768]']),
+    ],
+    ids=' '.join,
+)
+def test_a_wrong_ablation_is_a_line(options, parts, tool_here, mini_root, tmp_path):
+    options = [f'model.backbone.{option}' for option in options]
+    arguments = ['--data-root', mini_root, '--work-dir', tmp_path / 'work', '--weights', 'none']
+    process = tool_here('train', 'mini/fpn_inceptionnext_a', *arguments, '--cfg-options', *options)
+    assert_user_error(process, *parts)
 
 
 def test_another_mixer_takes_its_own_defaults():
