@@ -7,8 +7,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from mmseg_inceptionnext.inference.segmentor import Segmentation, Segmentor, che
 from mmseg_inceptionnext.inference.sources import Output, Source, shard_of
 
 _READERS = 2
+_BATCHES_AHEAD = 2  # of the one that is waited for: one for each stream
 _RESULTS_WAITING = 8  # for the thread that writes
 _LEGEND_ROWS_OF_VIDEO = 2
 _LARGEST_BATCH = 16
@@ -191,10 +193,19 @@ def choose_batch_size(segmentor: Segmentor, sources: Sequence[Source]) -> int:
     return size
 
 
-def _asked(output: Output) -> tuple[bool, bool]:
-    """Return ``keep_logits`` and ``confidence`` of ``Segmentor.predict`` for an output."""
-    is_asked = output.confidence or output.min_confidence > 0
-    return is_asked, is_asked
+@contextmanager
+def _streams(segmentor: Segmentor) -> Iterator[Executor]:
+    """Yield the threads that predict side by side, among which PyTorch's threads are shared out."""
+    threads, streams = torch.get_num_threads(), segmentor.streams
+    with ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(threads // streams,)) as pool:
+        try:
+            yield pool
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _needs_confidence(output: Output) -> bool:
+    return output.confidence or output.min_confidence > 0
 
 
 class _Log:
@@ -252,7 +263,7 @@ def count_images(sources: Sequence[Source]) -> int:
 
 def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Output, batch_size: int,
                     on_progress: Callable[[float], None], log: _Log) -> None:  # fmt: skip
-    asked = _asked(output)
+    asked = _needs_confidence(output)
 
     def read(source: Source) -> tuple[dict, dict, float] | None:
         start = time.perf_counter()
@@ -265,12 +276,15 @@ def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Out
             return None
         return prepared, facts, time.perf_counter() - start
 
+    def infer(batch: list[tuple[Source, tuple[dict, dict, float]]]) -> tuple[list[Segmentation], float]:
+        start = time.perf_counter()
+        found = segmentor.predict([image for _, (image, *_) in batch], batch_size, asked, asked)
+        return found, (time.perf_counter() - start) / len(batch)
+
     def results() -> Iterator[tuple[Source, Segmentation, dict, float]]:
         prepared = map_ahead(readers, read, sources, 2 * batch_size)
-        for batch in _batches((pair for pair in prepared if pair[1] is not None), batch_size):
-            start = time.perf_counter()
-            found = segmentor.predict([image for _, (image, *_) in batch], batch_size, *asked)
-            share = (time.perf_counter() - start) / len(batch)
+        batches = _batches((pair for pair in prepared if pair[1] is not None), batch_size)
+        for batch, (found, share) in map_ahead(network, infer, batches, _BATCHES_AHEAD):
             for (source, (_, facts, seconds)), result in zip(batch, found, strict=True):
                 yield source, result, facts, seconds + share
 
@@ -289,7 +303,7 @@ def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Out
         )
         on_progress(1)
 
-    with ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(1) as writer:
+    with ThreadPoolExecutor(_READERS) as readers, _streams(segmentor) as network, ThreadPoolExecutor(1) as writer:
         for _ in map_ahead(writer, write, results(), _RESULTS_WAITING):
             pass
 
@@ -319,7 +333,7 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
         video = cv2.VideoCapture(name)
     overlay = _VideoFile(output.overlay_of(source), video.get(cv2.CAP_PROP_FPS) or 25)
     reason = 'not a video, or of a format that OpenCV does not read' if source.path.is_file() else 'no such file'
-    areas, asked = Counter(), _asked(output)
+    areas, asked = Counter(), _needs_confidence(output)
 
     def read(_: int) -> dict | None:
         nonlocal reason
@@ -332,8 +346,10 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
 
     def results() -> Iterator[Segmentation]:
         frames = (frame for _, frame in map_ahead(reader, read, count(), 2 * batch_size))
-        for batch in _batches(takewhile(lambda frame: frame is not None, frames), batch_size):
-            yield from segmentor.predict(batch, batch_size, *asked)
+        batches = _batches(takewhile(lambda frame: frame is not None, frames), batch_size)
+        infer = partial(segmentor.predict, batch_size=batch_size, keep_logits=asked, confidence=asked)
+        for _, found in map_ahead(network, infer, batches, _BATCHES_AHEAD):
+            yield from found
 
     def write(result: Segmentation) -> None:
         picture = result.overlay(output.opacity, min_confidence=output.min_confidence)
@@ -357,7 +373,12 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
         for stale in folder.glob('[0-9]*.png'):  # left by a longer video
             stale.unlink()
     # One thread reads and one writes, so that the frames keep their order.
-    with closing(overlay), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+    with (
+        closing(overlay),
+        ThreadPoolExecutor(1) as reader,
+        _streams(segmentor) as network,
+        ThreadPoolExecutor(1) as writer,
+    ):
         for _ in map_ahead(writer, write, results(), _RESULTS_WAITING):
             pass
     seconds = time.perf_counter() - start

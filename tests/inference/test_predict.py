@@ -257,10 +257,10 @@ def test_what_is_computed_is_written_before_an_error_ends_the_run(folder, segmen
 
 
 def test_a_full_disk_is_the_users_mistake(folder, segmentor, monkeypatch):
-    def full(self, path, **options):
-        raise OSError(28, 'No space left on device', str(path))
+    def full(self, content):
+        raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(Image.Image, 'save', full)
-    with pytest.raises(UserError, match='cannot write .*No space left on device'):
+    monkeypatch.setattr(Path, 'write_bytes', full)
+    with pytest.raises(UserError, match='cannot write out/.*png: No space left on device'):
         predict(segmentor, find_sources(['in'], Path('out')), Output(Path('out')))
     assert [path for path in Path('out').rglob('*') if path.is_file()] == []
