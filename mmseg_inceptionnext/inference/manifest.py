@@ -107,7 +107,8 @@ class Manifest:
             was, now = (_short(values.get(key)) for values in (self.run, run))
             if self.run.get(key) != run.get(key):
                 raise UserError(
-                    f'{self._main} is of another run: its {key} was {was}, now it is {now}: choose another out=DIR'
+                    f'{self._main} is of another run: its {key} was {was}, now it is {now}: choose another out=DIR, '
+                    'or pass overwrite=True alone to begin anew'
                 )
 
     def is_done(self, source: Source, outputs: Sequence[Path]) -> bool:

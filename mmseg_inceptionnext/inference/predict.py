@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
@@ -55,9 +55,9 @@ def predict(
     TIFFs are read and written as GeoTIFFs (:func:`~mmseg_inceptionnext.inference.geotiff.segment_raster`) if the
     segmentor has a ``tile``, or with bands, a scale or polygons.
 
-    A run that skips what exists, or is a shard, keeps a manifest in the output folder
-    (:mod:`~mmseg_inceptionnext.inference.manifest`). It can be killed at any moment; repeated, it gives the folder of
-    one that was not killed, and so do all shards together. Into a folder with a manifest, all runs add to it.
+    A run keeps a manifest in the output folder (:mod:`~mmseg_inceptionnext.inference.manifest`), to which later runs
+    into the folder add. It can be killed at any moment: repeated with ``skip_existing``, it gives the folder of one
+    that was not killed, and so do all shards together.
 
     Args:
         segmentor: The segmentor.
@@ -105,17 +105,14 @@ def predict(
         more = f' and {len(existing) - 1} more' if len(existing) > 1 else ''
         why = ', and no manifest says what they were made from' if skip_existing else ''
         raise UserError(
-            f'{existing[0]}{more} exist already{why}: pass overwrite=True'
-            f'{" alone" if skip_existing else ""}, or choose another out=DIR'
+            f'{existing[0]}{more} exist already{why}: pass {"skip_existing=True to go on, or " if is_kept else ""}'
+            f'overwrite=True{" alone" if skip_existing else ""}, or choose another out=DIR'
         )
-    with Manifest(output.folder, shard) if skip_existing or shard or is_kept else nullcontext() as manifest:
-        if manifest:
-            if overwrite:
-                manifest.restart()
-            facts = dict(output.identity(), bands=bands, scale=scale)
-            segmentor, batch_size = _begin(manifest, segmentor, facts, batch_size, everything)
-        elif batch_size == 'auto':
-            batch_size = choose_batch_size(segmentor, sources)
+    with Manifest(output.folder, shard) as manifest:
+        if overwrite:
+            manifest.restart()
+        facts = dict(output.identity(), bands=bands, scale=scale)
+        segmentor, batch_size = _begin(manifest, segmentor, facts, batch_size, everything)
         if skip_existing:
             todo = [s for s in sources if not manifest.is_done(s, output.paths_of(s, is_raster(s)))]
             if len(todo) < len(sources):
@@ -130,9 +127,8 @@ def predict(
                 _predict_video(segmentor, source, output, batch_size, on_progress, log)
         for source in filter(is_raster, sources):
             _predict_raster(segmentor, source, output, bands, scale, batch_size, on_progress, log)
-        if manifest:
-            with _naming_unwritable_file():
-                manifest.finish(everything)
+        with _naming_unwritable_file():
+            manifest.finish(everything)
     return log.failures
 
 
@@ -209,25 +205,21 @@ def _needs_confidence(output: Output) -> bool:
 
 
 class _Log:
-    """What has become of each source: in the manifest, if there is one, and why some could not be read."""
+    """What has become of each source: in the manifest, and why some could not be read."""
 
-    def __init__(self, manifest: Manifest | None):
+    def __init__(self, manifest: Manifest):
         self.failures: dict[str, str] = {}
+        self.facts = manifest.facts
         self._manifest = manifest
 
-    def facts(self, source: Source) -> dict:
-        return self._manifest.facts(source) if self._manifest else {}
-
     def done(self, facts: dict, seconds: float, areas: dict[str, float]) -> None:
-        if self._manifest:
-            with _naming_unwritable_file():
-                self._manifest.add(facts, seconds, classes={name: round(share, 6) for name, share in areas.items()})
+        with _naming_unwritable_file():
+            self._manifest.add(facts, seconds, classes={name: round(share, 6) for name, share in areas.items()})
 
     def failed(self, source: Source, facts: dict, seconds: float, reason: str) -> None:
         self.failures[str(source.path)] = reason
-        if self._manifest:
-            with _naming_unwritable_file():
-                self._manifest.add(facts, seconds, reason=reason)
+        with _naming_unwritable_file():
+            self._manifest.add(facts, seconds, reason=reason)
 
 
 def _rasters(sources: Sequence[Source], output: Output, bands: Sequence[int] | None,
@@ -298,9 +290,7 @@ def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Out
                 save_picture(segmentation.label_image(output.min_confidence), output.labels_of(source))
             if output.confidence:
                 save_picture(segmentation.confidence_image(), output.confidence_of(source))
-        log.done(
-            facts, seconds + time.perf_counter() - start, segmentation.areas(output.min_confidence) if facts else {}
-        )
+        log.done(facts, seconds + time.perf_counter() - start, segmentation.areas(output.min_confidence))
         on_progress(1)
 
     with ThreadPoolExecutor(_READERS) as readers, _streams(segmentor) as network, ThreadPoolExecutor(1) as writer:
@@ -365,8 +355,7 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
                 save_picture(labels, output.labels_of(source) / f'{overlay.frames:06d}.png')
             if output.confidence:
                 save_picture(result.confidence_image(), output.confidence_of(source) / f'{overlay.frames:06d}.png')
-        if facts:
-            areas.update(result.areas(output.min_confidence))
+        areas.update(result.areas(output.min_confidence))
         on_progress(1)
 
     for folder in output.paths_of(source)[1:]:
