@@ -109,7 +109,8 @@ def predict(
             f'overwrite=True{" alone" if skip_existing else ""}, or choose another out=DIR'
         )
     with Manifest(output.folder, shard) as manifest:
-        if overwrite:
+        # Where an option was wrong for all files, the run that is repeated without it would be another one.
+        if overwrite or not (shard or manifest.has_results):
             manifest.restart()
         facts = dict(output.identity(), bands=bands, scale=scale)
         segmentor, batch_size = _begin(manifest, segmentor, facts, batch_size, everything)

@@ -234,6 +234,21 @@ def test_a_manifest_of_another_run(folder, other, said):
     assert len(lines()) == 11
 
 
+def test_a_run_that_ended_before_its_first_file_is_no_other_run(folder, segmentor, trained, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(segmentor, 'predict', lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            predict(segmentor, find_sources(['in/1/1.png'], Path('out')), OUT)
+    assert content('out') == {}
+    other = Segmentor(TINY_CONFIG, trained, device='cpu', precision='fp32', fast=False)
+    assert predict(other, find_sources(['in/1/1.png'], Path('out')), OUT) == {}
+    with monkeypatch.context() as patch:  # but one that had files is
+        patch.setattr(other, 'predict', lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            predict(other, find_sources(['in/0/2.png'], Path('out')), OUT)
+    assert len(lines()) == 2
+
+
 def test_the_precision_that_a_race_chose_is_kept(folder, trained, monkeypatch):
     """Whoever repeats a run, or does another shard, takes what its first process chose, whatever is faster there."""
     winner = iter(['bf16', 'fp32', 'fp32'])
