@@ -23,6 +23,8 @@ from pathlib import Path
 os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')  # Ray reports to its makers otherwise
 
 import numpy as np
+import pyarrow.dataset
+import pyarrow.parquet
 import ray
 import torch
 
@@ -30,6 +32,9 @@ from mmseg_inceptionnext import Segmentor, UserError
 from mmseg_inceptionnext.command_line import output_folder, positive_int, run
 from mmseg_inceptionnext.drawing import save_picture
 from mmseg_inceptionnext.inference.sources import Output, Source, find_sources
+
+# What reads and writes waits for disks. Where the actors hold all CPUs, it would wait for one for ever.
+_NO_CPU = 0
 
 
 class Segment:
@@ -55,15 +60,30 @@ class Segment:
         return json.dumps(result.areas()), ''
 
 
+def read_group(item: dict) -> list[dict]:
+    """Return the rows of a row group of a Parquet file, as :func:`rows_of` has them."""
+    file = pyarrow.parquet.ParquetFile(item['file'])
+    columns = [name for name in ('path', 'bytes') if name in file.schema_arrow.names]
+    rows = file.read_row_group(item['group'], columns).to_pylist()
+    for row in rows:
+        # The whole name stays, so that a.jpg and a.png do not meet; folders above the root are none.
+        path = Path(row['path'])
+        row['name'] = '/'.join(part for part in path.parts if part not in ('..', path.anchor))
+    return rows
+
+
 def rows_of(source: Path, out: Path) -> ray.data.Dataset:
     """Return rows of ``path``, ``name`` of the label map, and ``bytes`` where a Parquet file has them."""
     if source.suffix == '.parquet':
-        # The whole name stays, so that a.jpg and a.png do not meet; folders above the root are none.
-        def name(row: dict) -> dict:
-            parts = [part for part in Path(row['path']).parts if part not in ('..', Path(row['path']).anchor)]
-            return row | dict(name='/'.join(parts))
-
-        return ray.data.read_parquet(str(source)).map(name)
+        # Not ray.data.read_parquet: one of its tasks wants a CPU, and waits for ever where the actors hold all of them.
+        try:
+            files = pyarrow.dataset.dataset(source, format='parquet')
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise UserError(f'{source} is no Parquet file: {error}') from error
+        if 'path' not in files.schema.names:
+            raise UserError(f"{source} has no column 'path', but {', '.join(files.schema.names)}")
+        groups = [dict(file=part.path, group=group.id) for part in files.get_fragments() for group in part.row_groups]
+        return ray.data.from_items(groups).flat_map(read_group, num_cpus=_NO_CPU)
     sources = [each for each in find_sources([str(source)], out) if not each.is_video]
     return ray.data.from_items([dict(path=str(each.path.absolute()), name=str(each.name)) for each in sources])
 
@@ -90,8 +110,10 @@ def main() -> None:
         num_cpus=args.cpus,
         num_gpus=args.gpus,
     )
-    results.write_parquet(str(out / 'results'), mode=ray.data.SaveMode.OVERWRITE)
-    reasons = [row['reason'] for row in ray.data.read_parquet(str(out / 'results')).iter_rows()]
+    results.write_parquet(
+        str(out / 'results'), mode=ray.data.SaveMode.OVERWRITE, ray_remote_args=dict(num_cpus=_NO_CPU)
+    )
+    reasons = pyarrow.parquet.read_table(out / 'results', columns=['reason'])['reason'].to_pylist()
     print(f'{reasons.count("")} images in {out}, {len(reasons) - reasons.count("")} could not be read')
 
 

@@ -95,11 +95,22 @@ def name_flags(message: str, flags: dict[str, str]) -> str:
 
 
 class CfgOptions(DictAction):
-    """mmengine's DictAction, with a usage error for a value that is not KEY=VALUE."""
+    """mmengine's DictAction, with a usage error for what is not KEY=VALUE, or has a value that it cannot read."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         if odd := [value for value in values if '=' not in value]:
             parser.error(f'argument --cfg-options: {odd[0]!r} is not of the form KEY=VALUE')
+        for value in values:
+            is_read = '{' not in value  # of a dict, mmengine makes texts
+            try:
+                super().__call__(parser, argparse.Namespace(), [value], option_string)
+            except (AssertionError, RecursionError):  # at a bracket without a partner, and at dict(a=1, b=2)
+                is_read = False
+            if not is_read:
+                parser.error(
+                    f'argument --cfg-options: {value!r} cannot be read: a value is a number, a text or a list [a,b], '
+                    'and what is longer, such as a dict, belongs into a config that inherits'
+                )
         super().__call__(parser, namespace, values, option_string)
 
 

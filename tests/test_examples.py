@@ -72,6 +72,21 @@ def test_onnx_only_needs_no_torch(trained, mini_root, tmp_path, labels):
     assert printed.keys() == result.areas().keys()
 
 
+def test_ray_needs_a_column_of_paths(tmp_path):
+    pytest.importorskip('ray.data')
+    parquet = pytest.importorskip('pyarrow.parquet')
+    from pyarrow import table
+
+    parquet.write_table(table(dict(file=['a.png'])), tmp_path / 'files.parquet')
+    (tmp_path / 'text.parquet').write_text('path')
+    for name, message in (('files', "has no column 'path', but file"), ('text', 'is no Parquet file'),
+                          ('none', 'is no Parquet file')):  # fmt: skip
+        command = [sys.executable, ROOT / 'examples/predict_with_ray.py', 'c', 'c.pth', f'{name}.parquet', '--out', 'o']
+        process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert process.returncode == 2 and process.stderr.startswith('error: ') and message in process.stderr
+        assert process.stderr.count('\n') == 1 and f'{name}.parquet' in process.stderr
+
+
 @pytest.mark.slow
 def test_ray_gives_what_predict_gives(trained, tmp_path, tool_here):
     """On two actors of this machine, from a folder, from paths and from bytes; a file that is no image is named."""

@@ -68,9 +68,21 @@ class Manifest:
             elif self.run != line['run']:
                 raise UserError(f'{path} is of another run than {self._main}: remove the wrong one of them')
 
+    @property
+    def has_results(self) -> bool:
+        """Whether any file has been predicted."""
+        return any('reason' not in entry for entry in self._entries.values())
+
     def restart(self) -> None:
-        """Forget what is recorded: everything is to be replaced."""
-        for path in [self._main, *self._folder.glob(_SHARDS)]:
+        """Forget what is recorded.
+
+        Raises:
+            UserError: Another process writes it.
+        """
+        paths = [self._main, *self._folder.glob(_SHARDS)]
+        if in_use := [path for path in paths if _is_in_use(path)]:
+            raise _in_use_error(in_use[0])
+        for path in paths:
             path.unlink(missing_ok=True)
         self._entries, self.run = {}, None
 
@@ -89,7 +101,7 @@ class Manifest:
         if not _locked(descriptor):
             self._file.close()
             self._file = None
-            raise UserError(f'{self._path} is being written by another run: wait until it ends')
+            raise _in_use_error(self._path)
         self._start = _end(self._file)
         self._file.truncate(self._start)  # a line that a kill has cut
         self._file.seek(self._start)
@@ -107,7 +119,8 @@ class Manifest:
             was, now = (_short(values.get(key)) for values in (self.run, run))
             if self.run.get(key) != run.get(key):
                 raise UserError(
-                    f'{self._main} is of another run: its {key} was {was}, now it is {now}: choose another out=DIR'
+                    f'{self._main} is of another run: its {key} was {was}, now it is {now}: choose another out=DIR, '
+                    'or pass overwrite=True alone to begin anew'
                 )
 
     def is_done(self, source: Source, outputs: Sequence[Path]) -> bool:
@@ -192,7 +205,9 @@ class Manifest:
     def __enter__(self) -> Manifest:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
+        if kind and self._file is not None and self._path == self._main and not self._entries:
+            self._main.unlink(missing_ok=True)
         self._close()
 
 
@@ -265,6 +280,10 @@ def _locked(descriptor: int, wait: bool = False) -> bool:
         say(f'the manifest cannot be locked ({error.strerror}): take care that no other run writes into this folder',
             logging.WARNING)  # fmt: skip
     return True
+
+
+def _in_use_error(path: Path) -> UserError:
+    return UserError(f'{path} is being written by another run: wait until it ends')
 
 
 def _is_in_use(path: Path) -> bool:

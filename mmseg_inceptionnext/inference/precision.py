@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from threading import Lock
 
 import torch
 from mmengine.dist import broadcast_object_list, is_main_process
@@ -90,12 +91,14 @@ class AutoPrecision(nn.Module):
         super().__init__()
         self.precision = 'auto'
         self._make, self._device, self._say = make, device, say
+        self._race = Lock()  # of threads that predict side by side, the first holds it
 
     def choose(self, step: Callable[[nn.Module], object], images: int = 1) -> nn.Module:
         """Return the chosen segmentor; the first call chooses it, by what a step with so many images takes."""
-        if self.precision == 'auto':
-            self.precision, self.chosen = faster(self._make, step, self._device, images, self._say)
-            del self._make  # and with it the model that the others were made of
+        with self._race:
+            if self.precision == 'auto':
+                self.precision, self.chosen = faster(self._make, step, self._device, images, self._say)
+                del self._make  # and with it the model that the others were made of
         return self.chosen
 
     def test_step(self, data: dict) -> list[BaseDataElement]:

@@ -7,8 +7,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from mmseg_inceptionnext.inference.segmentor import Segmentation, Segmentor, che
 from mmseg_inceptionnext.inference.sources import Output, Source, shard_of
 
 _READERS = 2
+_BATCHES_AHEAD = 2  # of the one that is waited for: one for each stream
 _RESULTS_WAITING = 8  # for the thread that writes
 _LEGEND_ROWS_OF_VIDEO = 2
 _LARGEST_BATCH = 16
@@ -53,9 +55,9 @@ def predict(
     TIFFs are read and written as GeoTIFFs (:func:`~mmseg_inceptionnext.inference.geotiff.segment_raster`) if the
     segmentor has a ``tile``, or with bands, a scale or polygons.
 
-    A run that skips what exists, or is a shard, keeps a manifest in the output folder
-    (:mod:`~mmseg_inceptionnext.inference.manifest`). It can be killed at any moment; repeated, it gives the folder of
-    one that was not killed, and so do all shards together. Into a folder with a manifest, all runs add to it.
+    A run keeps a manifest in the output folder (:mod:`~mmseg_inceptionnext.inference.manifest`), to which later runs
+    into the folder add. It can be killed at any moment: repeated with ``skip_existing``, it gives the folder of one
+    that was not killed, and so do all shards together.
 
     Args:
         segmentor: The segmentor.
@@ -103,17 +105,15 @@ def predict(
         more = f' and {len(existing) - 1} more' if len(existing) > 1 else ''
         why = ', and no manifest says what they were made from' if skip_existing else ''
         raise UserError(
-            f'{existing[0]}{more} exist already{why}: pass overwrite=True'
-            f'{" alone" if skip_existing else ""}, or choose another out=DIR'
+            f'{existing[0]}{more} exist already{why}: pass {"skip_existing=True to go on, or " if is_kept else ""}'
+            f'overwrite=True{" alone" if skip_existing else ""}, or choose another out=DIR'
         )
-    with Manifest(output.folder, shard) if skip_existing or shard or is_kept else nullcontext() as manifest:
-        if manifest:
-            if overwrite:
-                manifest.restart()
-            facts = dict(output.identity(), bands=bands, scale=scale)
-            segmentor, batch_size = _begin(manifest, segmentor, facts, batch_size, everything)
-        elif batch_size == 'auto':
-            batch_size = choose_batch_size(segmentor, sources)
+    with Manifest(output.folder, shard) as manifest:
+        # Where an option was wrong for all files, the run that is repeated without it would be another one.
+        if overwrite or not (shard or manifest.has_results):
+            manifest.restart()
+        facts = dict(output.identity(), bands=bands, scale=scale)
+        segmentor, batch_size = _begin(manifest, segmentor, facts, batch_size, everything)
         if skip_existing:
             todo = [s for s in sources if not manifest.is_done(s, output.paths_of(s, is_raster(s)))]
             if len(todo) < len(sources):
@@ -128,9 +128,8 @@ def predict(
                 _predict_video(segmentor, source, output, batch_size, on_progress, log)
         for source in filter(is_raster, sources):
             _predict_raster(segmentor, source, output, bands, scale, batch_size, on_progress, log)
-        if manifest:
-            with _naming_unwritable_file():
-                manifest.finish(everything)
+        with _naming_unwritable_file():
+            manifest.finish(everything)
     return log.failures
 
 
@@ -191,32 +190,37 @@ def choose_batch_size(segmentor: Segmentor, sources: Sequence[Source]) -> int:
     return size
 
 
-def _asked(output: Output) -> tuple[bool, bool]:
-    """Return ``keep_logits`` and ``confidence`` of ``Segmentor.predict`` for an output."""
-    is_asked = output.confidence or output.min_confidence > 0
-    return is_asked, is_asked
+@contextmanager
+def _streams(segmentor: Segmentor) -> Iterator[Executor]:
+    """Yield the threads that predict side by side, among which PyTorch's threads are shared out."""
+    threads, streams = torch.get_num_threads(), segmentor.streams
+    with ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(threads // streams,)) as pool:
+        try:
+            yield pool
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _needs_confidence(output: Output) -> bool:
+    return output.confidence or output.min_confidence > 0
 
 
 class _Log:
-    """What has become of each source: in the manifest, if there is one, and why some could not be read."""
+    """What has become of each source: in the manifest, and why some could not be read."""
 
-    def __init__(self, manifest: Manifest | None):
+    def __init__(self, manifest: Manifest):
         self.failures: dict[str, str] = {}
+        self.facts = manifest.facts
         self._manifest = manifest
 
-    def facts(self, source: Source) -> dict:
-        return self._manifest.facts(source) if self._manifest else {}
-
     def done(self, facts: dict, seconds: float, areas: dict[str, float]) -> None:
-        if self._manifest:
-            with _naming_unwritable_file():
-                self._manifest.add(facts, seconds, classes={name: round(share, 6) for name, share in areas.items()})
+        with _naming_unwritable_file():
+            self._manifest.add(facts, seconds, classes={name: round(share, 6) for name, share in areas.items()})
 
     def failed(self, source: Source, facts: dict, seconds: float, reason: str) -> None:
         self.failures[str(source.path)] = reason
-        if self._manifest:
-            with _naming_unwritable_file():
-                self._manifest.add(facts, seconds, reason=reason)
+        with _naming_unwritable_file():
+            self._manifest.add(facts, seconds, reason=reason)
 
 
 def _rasters(sources: Sequence[Source], output: Output, bands: Sequence[int] | None,
@@ -252,7 +256,7 @@ def count_images(sources: Sequence[Source]) -> int:
 
 def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Output, batch_size: int,
                     on_progress: Callable[[float], None], log: _Log) -> None:  # fmt: skip
-    asked = _asked(output)
+    asked = _needs_confidence(output)
 
     def read(source: Source) -> tuple[dict, dict, float] | None:
         start = time.perf_counter()
@@ -265,12 +269,15 @@ def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Out
             return None
         return prepared, facts, time.perf_counter() - start
 
+    def infer(batch: list[tuple[Source, tuple[dict, dict, float]]]) -> tuple[list[Segmentation], float]:
+        start = time.perf_counter()
+        found = segmentor.predict([image for _, (image, *_) in batch], batch_size, asked, asked)
+        return found, (time.perf_counter() - start) / len(batch)
+
     def results() -> Iterator[tuple[Source, Segmentation, dict, float]]:
         prepared = map_ahead(readers, read, sources, 2 * batch_size)
-        for batch in _batches((pair for pair in prepared if pair[1] is not None), batch_size):
-            start = time.perf_counter()
-            found = segmentor.predict([image for _, (image, *_) in batch], batch_size, *asked)
-            share = (time.perf_counter() - start) / len(batch)
+        batches = _batches((pair for pair in prepared if pair[1] is not None), batch_size)
+        for batch, (found, share) in map_ahead(network, infer, batches, _BATCHES_AHEAD):
             for (source, (_, facts, seconds)), result in zip(batch, found, strict=True):
                 yield source, result, facts, seconds + share
 
@@ -284,12 +291,10 @@ def _predict_images(segmentor: Segmentor, sources: Sequence[Source], output: Out
                 save_picture(segmentation.label_image(output.min_confidence), output.labels_of(source))
             if output.confidence:
                 save_picture(segmentation.confidence_image(), output.confidence_of(source))
-        log.done(
-            facts, seconds + time.perf_counter() - start, segmentation.areas(output.min_confidence) if facts else {}
-        )
+        log.done(facts, seconds + time.perf_counter() - start, segmentation.areas(output.min_confidence))
         on_progress(1)
 
-    with ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(1) as writer:
+    with ThreadPoolExecutor(_READERS) as readers, _streams(segmentor) as network, ThreadPoolExecutor(1) as writer:
         for _ in map_ahead(writer, write, results(), _RESULTS_WAITING):
             pass
 
@@ -319,7 +324,7 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
         video = cv2.VideoCapture(name)
     overlay = _VideoFile(output.overlay_of(source), video.get(cv2.CAP_PROP_FPS) or 25)
     reason = 'not a video, or of a format that OpenCV does not read' if source.path.is_file() else 'no such file'
-    areas, asked = Counter(), _asked(output)
+    areas, asked = Counter(), _needs_confidence(output)
 
     def read(_: int) -> dict | None:
         nonlocal reason
@@ -332,8 +337,10 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
 
     def results() -> Iterator[Segmentation]:
         frames = (frame for _, frame in map_ahead(reader, read, count(), 2 * batch_size))
-        for batch in _batches(takewhile(lambda frame: frame is not None, frames), batch_size):
-            yield from segmentor.predict(batch, batch_size, *asked)
+        batches = _batches(takewhile(lambda frame: frame is not None, frames), batch_size)
+        infer = partial(segmentor.predict, batch_size=batch_size, keep_logits=asked, confidence=asked)
+        for _, found in map_ahead(network, infer, batches, _BATCHES_AHEAD):
+            yield from found
 
     def write(result: Segmentation) -> None:
         picture = result.overlay(output.opacity, min_confidence=output.min_confidence)
@@ -349,15 +356,19 @@ def _predict_video(segmentor: Segmentor, source: Source, output: Output, batch_s
                 save_picture(labels, output.labels_of(source) / f'{overlay.frames:06d}.png')
             if output.confidence:
                 save_picture(result.confidence_image(), output.confidence_of(source) / f'{overlay.frames:06d}.png')
-        if facts:
-            areas.update(result.areas(output.min_confidence))
+        areas.update(result.areas(output.min_confidence))
         on_progress(1)
 
     for folder in output.paths_of(source)[1:]:
         for stale in folder.glob('[0-9]*.png'):  # left by a longer video
             stale.unlink()
     # One thread reads and one writes, so that the frames keep their order.
-    with closing(overlay), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+    with (
+        closing(overlay),
+        ThreadPoolExecutor(1) as reader,
+        _streams(segmentor) as network,
+        ThreadPoolExecutor(1) as writer,
+    ):
         for _ in map_ahead(writer, write, results(), _RESULTS_WAITING):
             pass
     seconds = time.perf_counter() - start

@@ -332,6 +332,17 @@ class Segmentor:
         memory = self.tiles and self.tiles.memory
         return facts | dict(tile=tile, overlap=overlap, blend=blend, memory=memory, temperature=self.temperature)
 
+    @property
+    def streams(self) -> int:
+        """Number of threads that call :meth:`predict` side by side when many images are predicted.
+
+        On a CPU two, each with half of PyTorch's threads: while one waits at the end of a layer for its last core, or
+        is in Python, the other computes; and other programs do not stop both. Images in tiles, whose size goes by the
+        memory, one after the other, and so for a GPU or an .onnx file, which has threads of its own.
+        """
+        is_torch_on_cpu = self.device.type == 'cpu' and not isinstance(self._model, OnnxModel)
+        return 2 if is_torch_on_cpu and self.tiles is None and torch.get_num_threads() > 1 else 1
+
     def _open_trained(self, config: str | Path | Config, checkpoint: str | Path, device: str | torch.device | None,
                       classes: str | Path | None, fast: bool, precision: str) -> None:  # fmt: skip
         self.device = find_device(device)

@@ -1,5 +1,6 @@
 """Files in, files out: every input form, names that never collide, nothing lost and nothing overwritten."""
 
+import json
 import os
 import threading
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support import TINY_CONFIG
 
@@ -145,7 +147,8 @@ def test_writes_overlays_and_label_maps_and_skips_what_cannot_be_read(folder, se
     assert failures['nowhere.jpg'] == 'no such file'
     assert sum(written) == 3
     files = sorted(str(path.relative_to('out')) for path in Path('out').rglob('*') if path.is_file())
-    assert files == ['a.png', 'labels/a.png', 'labels/sub/a.png', 'labels/sub/b.png', 'sub/a.png', 'sub/b.png']
+    labels = ['labels/a.png', 'labels/sub/a.png', 'labels/sub/b.png']
+    assert files == ['a.png', *labels, 'manifest.jsonl', 'sub/a.png', 'sub/b.png']
     expected = segmentor('in/a.jpg')
     assert np.array_equal(np.asarray(Image.open('out/labels/a.png')), expected.labels + 1)
     assert np.array_equal(np.asarray(Image.open('out/a.png')), np.asarray(expected.overlay(legend=True)))
@@ -160,6 +163,19 @@ def test_nothing_is_overwritten_unless_asked(folder, segmentor):
     assert [path.name for path in Path('out').iterdir()] == ['a.png'] and Path('out/a.png').read_text() == 'mine'
     assert predict(segmentor, sources, Output(Path('out')), overwrite=True) == {}
     assert Image.open('out/a.png').size == (40, 30)
+    with pytest.raises(UserError, match='exist already: pass skip_existing=True to go on, or overwrite=True, or'):
+        predict(segmentor, sources, Output(Path('out')))
+
+
+def test_any_run_can_be_gone_on_with(folder, segmentor):
+    """Also one of which nobody knew that it would be stopped: of a first image, say, to the folder it is in."""
+    assert predict(segmentor, find_sources(['in/a.jpg'], Path('out')), Output(Path('out'))) == {}
+    first = Path('out/a.png').stat()
+    sources = find_sources(['in'], Path('out'))
+    assert predict(segmentor, sources, Output(Path('out')), skip_existing=True) == {}
+    assert Path('out/a.png').stat() == first and Path('out/sub/b.png').is_file()
+    files = [json.loads(line)['file'] for line in Path('out/manifest.jsonl').read_text().splitlines()[1:]]
+    assert files == sorted(str(source.path) for source in sources)
 
 
 def test_an_input_is_never_overwritten(folder, segmentor):
@@ -172,7 +188,7 @@ def test_names_as_long_as_file_systems_allow(folder, segmentor):
     path = Path('in') / f'{"x" * 251}.jpg'
     Path('in/a.jpg').rename(path)
     assert predict(segmentor, find_sources([str(path)], Path('out')), Output(Path('out'))) == {}
-    assert [p.stem for p in Path('out').iterdir()] == [path.stem]
+    assert Path('out', f'{path.stem}.png').is_file()
 
 
 def test_a_video_becomes_a_video(folder, segmentor):
@@ -216,7 +232,7 @@ def test_videos_that_are_none(folder, segmentor):
     assert failures == {
         'text.mp4': 'not a video, or of a format that OpenCV does not read', 'nowhere.mp4': 'no such file'
     }  # fmt: skip
-    assert [path.name for path in Path('out').iterdir()] == ['a.png']
+    assert sorted(path.name for path in Path('out').iterdir()) == ['a.png', 'manifest.jsonl']
 
 
 def test_decoding_goes_on_while_the_network_computes(folder, segmentor, monkeypatch):
@@ -241,6 +257,28 @@ def test_decoding_goes_on_while_the_network_computes(folder, segmentor, monkeypa
     assert predict(segmentor, find_sources(['in'], Path('out')), Output(Path('out'))) == {}
 
 
+@pytest.mark.parametrize('threads, each', [(1, {1}), (2, {1}), (5, {2})])
+def test_two_streams_share_the_threads(folder, segmentor, monkeypatch, threads, each):
+    """Each waits for the other at its first image: with several threads, there are two at once, each with half."""
+    together, compute, had = threading.Barrier(min(threads, 2)), segmentor.predict, set()
+
+    def predict_beside_another(*arguments, **options):
+        if len(had) < min(threads, 2):
+            together.wait(10)
+        had.add((threading.get_ident(), torch.get_num_threads()))
+        return compute(*arguments, **options)
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(segmentor, 'predict', predict_beside_another)
+    torch.set_num_threads(threads)
+    try:
+        assert predict(segmentor, find_sources(['in'], Path('out')), Output(Path('out'))) == {}
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert {number for _, number in had} == each and len(had) >= min(threads, 2)
+
+
 def test_what_is_computed_is_written_before_an_error_ends_the_run(folder, segmentor, monkeypatch):
     compute, calls = segmentor.predict, []
 
@@ -257,10 +295,12 @@ def test_what_is_computed_is_written_before_an_error_ends_the_run(folder, segmen
 
 
 def test_a_full_disk_is_the_users_mistake(folder, segmentor, monkeypatch):
-    def full(self, path, **options):
-        raise OSError(28, 'No space left on device', str(path))
+    def full(self, content, write=Path.write_bytes):
+        if self.suffix == '.png':
+            raise OSError(28, 'No space left on device')
+        return write(self, content)
 
-    monkeypatch.setattr(Image.Image, 'save', full)
-    with pytest.raises(UserError, match='cannot write .*No space left on device'):
+    monkeypatch.setattr(Path, 'write_bytes', full)
+    with pytest.raises(UserError, match='cannot write out/.*png: No space left on device'):
         predict(segmentor, find_sources(['in'], Path('out')), Output(Path('out')))
     assert [path for path in Path('out').rglob('*') if path.is_file()] == []

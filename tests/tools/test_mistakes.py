@@ -94,6 +94,14 @@ def test_a_data_root_of_ones_own_is_not_ade20ks(own, tool_here):
     assert 'ADE' not in process.stderr
 
 
+@pytest.mark.parametrize('value', ['[1,2', '(1,[2)', 'dict(a=1,b=2)', '[dict(a=1,b=2)]', "{'a': 1}", '[{"a":1}]'])
+def test_cfg_options_that_mmengine_cannot_read(own, tool_here, value):
+    process = tool_here(*training(own), '--cfg-options', 'model.x=3', f'model.decode_head.loss_decode={value}')
+    assert_user_error(
+        process, '--cfg-options', repr(f'model.decode_head.loss_decode={value}'), 'a config that inherits'
+    )
+
+
 def test_no_workers(own, tool_here):
     """The recipes keep workers and prefetch, of which torch wants to hear nothing without workers."""
     options = [f'{split}_dataloader.{key}' for split in ('train', 'val')
