@@ -230,7 +230,9 @@ def test_configs_by_name(tmp_path, monkeypatch):
     for name in ('upernet/inceptionnext_t', 'upernet/inceptionnext_t.py'):
         assert find_config(name).samefile(expected)
     assert find_config('upernet_inceptionnext_a').parent.name == 'mini'
-    with pytest.raises(UserError, match='several configs: say which of fpn/inceptionnext_t, upernet/inceptionnext_t'):
+    with pytest.raises(
+        UserError, match='several configs: say which of fpn/inceptionnext_t, imagenet/inceptionnext_t, upernet'
+    ):
         find_config('inceptionnext_t')
     for name in ('upernet/inceptionnext_x', '/nowhere/upernet/inceptionnext_t', '_base_/default_runtime', '.'):
         with pytest.raises(UserError, match='no config at'):
