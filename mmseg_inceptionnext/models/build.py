@@ -65,6 +65,9 @@ def _check_channels(cfg: dict, backbone: nn.Module | None) -> None:
     if not isinstance(maps, (list, tuple)):
         return
     origin, parts = type(backbone).__name__, list(heads(cfg))
+    if cfg.get('head') and not cfg.get('neck'):  # of a classifier
+        given = cfg.head.get('in_channels')
+        _check_fits(f'head.in_channels={given}', given, maps[-1], origin)
     if cfg.get('neck'):
         neck = cfg.neck
         _check_fits(f'neck.in_channels={neck.get("in_channels")}', neck.get('in_channels'), list(maps), origin)

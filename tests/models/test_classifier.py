@@ -168,6 +168,11 @@ def test_the_384_recipe_starts_from_the_one_at_224(tmp_path):
     assert cfg.model.init_cfg.checkpoint.endswith('inceptionnext_base.pth')
 
 
+def test_a_head_that_does_not_fit_the_backbone_is_a_line():
+    with pytest.raises(UserError, match='head.in_channels=768 do not fit InceptionNeXt, whose out_channels are 1024'):
+        classifier('t', **{'model.backbone.arch': 'base'})
+
+
 def test_what_counts_and_builds_models_takes_its_configs():
     cost = measure_complexity('imagenet/inceptionnext_a')
     assert cost.shape == (224, 224) and (round(cost.params_m, 1), round(cost.gmacs, 2)) == (4.2, 0.50)

@@ -94,6 +94,18 @@ def test_the_tools_train_test_and_go_on_from_other_classes(textures, tool_here, 
     assert 'left out: its classifier of 10 classes, as there are 5 here' in process.stdout
 
 
+def test_an_image_that_cannot_be_read_is_named_or_replaced(textures, tool_here, tmp_path):
+    root = tmp_path / 'damaged'
+    shutil.copytree(textures, root)
+    for name in NAMES[:5]:
+        (root / 'train' / name / '0.png').write_bytes(b'no image')
+    arguments = ['train', TINY, '--data-root', root, '--epochs', '2', '--seed', '0']
+    assert_user_error(tool_here(*arguments, '--work-dir', tmp_path / 'a'), 'damaged/train', '0.png', 'start again with')
+    process = tool_here(*arguments, '--work-dir', tmp_path / 'b', '--skip-bad-images')
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert '5 training images cannot be read; others replaced them' in process.stdout
+
+
 def test_timms_weights_are_tested(textures, tool_here, tmp_path):
     torch.save(timm.create_model('inception_next_atto', num_classes=10).state_dict(), tmp_path / 'timm.pth')
     options = ['--cfg-options', 'model.head.num_classes=10', 'test_dataloader.num_workers=0']
