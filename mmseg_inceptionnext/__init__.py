@@ -44,6 +44,8 @@ from mmseg_inceptionnext.measure import pvt  # noqa: F401  registers PVT
 from mmseg_inceptionnext.models.inceptionnext import InceptionNeXt
 from mmseg_inceptionnext.models.late_upsample import late_upsample
 from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleUPerHead
+from mmseg_inceptionnext.models.metanext import MetaNeXt
+from mmseg_inceptionnext.models.token_mixers import TOKEN_MIXERS
 from mmseg_inceptionnext.training.hooks.checkpoint import SafeCheckpointHook
 from mmseg_inceptionnext.training.hooks.non_finite_loss import StopOnNonFiniteLossHook
 from mmseg_inceptionnext.training.loops import AccumulatingTrainLoop, TolerantValLoop
@@ -67,6 +69,7 @@ __all__ = [
     'LabelMapSegmentor',
     'LateUpsampleUPerHead',
     'MaskDataset',
+    'MetaNeXt',
     'MultiScaleTest',
     'OverlayHook',
     'PerClassIoUMetric',
@@ -80,6 +83,7 @@ __all__ = [
     'Segmentation',
     'Segmentor',
     'StopOnNonFiniteLossHook',
+    'TOKEN_MIXERS',
     'TolerantValLoop',
     'UserError',
     'ValidationSamplesHook',

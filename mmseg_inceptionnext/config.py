@@ -20,6 +20,7 @@ from mmseg_inceptionnext.config_files import (
     dicts_inside,
     dotted_keys,
     find_config,
+    is_classifier,
     read_config,
     require,
 )
@@ -89,6 +90,10 @@ def override(cfg: Config, data_root: str | Path | None = None, cfg_options: dict
         UserError: The data file is wrong, or the options do not fit the config.
     """
     if data is not None:
+        if is_classifier(cfg):
+            raise UserError(
+                f'data={str(data)!r} is for segmentors: a classifier takes the names of folders, data_root=DIR'
+            )
         for line in use_data_file(cfg, data):
             say(line)
     if data_root is not None:

@@ -38,6 +38,8 @@ def read_config(path: str | Path) -> Config:
         return _load(path)
     except Exception as error:  # a config is a program of the user's: it can raise anything
         reason = next(iter(str(error).strip().splitlines()), '')
+        if error.__cause__ and isinstance(error.__cause__.__context__, UserError):  # of a module of ours
+            raise error.__cause__.__context__ from error
         if isinstance(error, ImportError) and error.__cause__:  # mmengine's, whose cause names the module
             causes = (error.__cause__, error.__cause__.__context__)
             reason = ': '.join(str(cause).splitlines()[0] for cause in causes if str(cause or ''))
@@ -166,6 +168,28 @@ def dicts_inside(node: Any) -> Iterator[dict]:
     if isinstance(node, (list, tuple)):
         for child in node:
             yield from dicts_inside(child)
+
+
+def is_classifier(cfg: Config) -> bool:
+    """Return whether the model of a config is a classifier of mmpretrain, not a segmentor."""
+    model = cfg.get('model') or {}
+    return 'head' in model and 'decode_head' not in model
+
+
+def require_segmentor(cfg: Config) -> None:
+    """Check that a config is not of a classifier, which this package only trains and tests.
+
+    Raises:
+        UserError: It is.
+    """
+    if is_classifier(cfg):
+        raise UserError(f'{cfg.filename} is the config of a classifier: name that of a segmentor')
+
+
+def pretrained_source(model: ConfigDict) -> str | None:
+    """Return where a model's config takes ImageNet weights from: those of a backbone, or of a whole classifier."""
+    found = (model.get('init_cfg'), model.backbone.get('init_cfg'))
+    return next((cfg['checkpoint'] for cfg in found if cfg and 'checkpoint' in cfg), None)
 
 
 def heads(model: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:

@@ -13,12 +13,13 @@ import mmseg.registry
 import torch
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.model import BaseModel
 from mmengine.registry import Registry
-from mmseg.models.segmentors import EncoderDecoder
 
-from mmseg_inceptionnext.config_files import find_config, read_config, require
+from mmseg_inceptionnext.config_files import find_config, is_classifier, read_config, require
 from mmseg_inceptionnext.device import find_device
 from mmseg_inceptionnext.models.build import build_segmentor
+from mmseg_inceptionnext.models.weights import load_classifier
 
 _SCOPE = 'mmseg_inceptionnext'
 
@@ -65,16 +66,17 @@ def config_path(name: str) -> str:
 
 def get_model(
     name: str | Path, checkpoint: str | Path | None = None, device: str | torch.device | None = None
-) -> EncoderDecoder:
-    """Return the segmentor of a config, in eval mode.
+) -> BaseModel:
+    """Return the segmentor, or the classifier, of a config, in eval mode.
 
     To segment images as the config prepares them, take :class:`~mmseg_inceptionnext.Segmentor`.
 
     Args:
         name: Name or path of a config, see :func:`get_config`.
         checkpoint: Path of a segmentor trained with the config, which is read without running code from it; every key
-            and shape must agree. Default: random weights; the model's ``init_weights()`` loads ImageNet's into the
-            backbone.
+            and shape must agree. Of a classifier, also what
+            :func:`~mmseg_inceptionnext.models.weights.load_classifier` takes. Default: random weights; the model's
+            ``init_weights()`` loads ImageNet's into the backbone.
         device: Device, such as 'cpu' or 'cuda:1'. Default: a GPU if there is one.
 
     Raises:
@@ -83,4 +85,9 @@ def get_model(
     device = find_device(device)
     cfg = read_config(name)
     require(cfg, 'model')
-    return build_segmentor(cfg, checkpoint).to(device).eval()
+    if not is_classifier(cfg):
+        return build_segmentor(cfg, checkpoint).to(device).eval()
+    model = build_segmentor(cfg).to(device).eval()
+    if checkpoint is not None:
+        load_classifier(model, str(checkpoint))
+    return model

@@ -316,6 +316,7 @@ def test_checkpoints_have_the_number_of_the_last_iteration():
         words = command.text.split()
         for config, checkpoint in zip(words, words[1:], strict=False):
             if match := re.fullmatch(r'(?:work_dirs/(.*)/)?iter_(\d+)\.pth', checkpoint):
+                config = match[1] if config == '--weights' else config
                 cfg = Config.fromfile(find_config(ROOT / config if config.endswith('.py') else config))
                 assert cfg.train_cfg.max_iters == int(match[2]), command
                 assert match[1] in (None, config.removeprefix('configs/').removesuffix('.py')), command

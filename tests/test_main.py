@@ -17,7 +17,19 @@ def command(run_here):
 
 
 def test_the_commands_are_those_that_the_readme_names():
-    named = {'train', 'test', 'predict', 'flops', 'benchmark', 'export', 'check', 'doctor', 'compare', 'mini-ade20k'}
+    named = {
+        'train',
+        'test',
+        'predict',
+        'flops',
+        'benchmark',
+        'export',
+        'check',
+        'doctor',
+        'compare',
+        'mini-ade20k',
+        'paper',
+    }
     assert set(COMMANDS) == named
 
 

@@ -15,7 +15,7 @@ import mmseg_inceptionnext
 
 def test_importing_registers_everything():
     for registry, names in (
-        (MODELS, ['InceptionNeXt', 'LabelMapSegmentor', 'LateUpsampleUPerHead']),
+        (MODELS, ['InceptionNeXt', 'MetaNeXt', 'LabelMapSegmentor', 'LateUpsampleUPerHead']),
         (HOOKS, ['OverlayHook', 'SafeCheckpointHook', 'SeedIterationHook', 'StopOnNonFiniteLossHook']),
         (LOOPS, ['AccumulatingTrainLoop', 'TolerantValLoop']),
         (RUNNERS, ['SafeRunner']),

@@ -17,7 +17,9 @@ from mmseg_inceptionnext.measure.tradeoff import plot_tradeoff
 
 def main() -> None:
     parser = ToolParser('benchmark', __doc__)
-    parser.add_argument('config', nargs='+', help='config files')
+    parser.add_argument(
+        'config', nargs='+', help='config files; with --task backbone also archs of MetaNeXt and models of timm'
+    )
     parser.add_argument('--checkpoint', nargs='+', default=(), metavar='C', help='one for each config (random weights)')
     parser.add_argument('--task', choices=TASKS, default='fps', help='predict, training step, or backbone alone (fps)')
     parser.add_argument(
@@ -41,7 +43,9 @@ def main() -> None:
         help='fold and pack the models first, as tools/test.py does (off)',
     )
     parser.add_argument('--json', metavar='FILE', type=output_file, help='write the results')
-    parser.add_argument('--plot', metavar='FILE', type=output_file, help="draw speed against the paper's mIoU")
+    parser.add_argument(
+        '--plot', metavar='FILE', type=output_file, help="draw speed against the paper's mIoU or accuracy"
+    )
     args = parser.parse_args()
 
     setting = Setting(

@@ -1,4 +1,4 @@
-"""Count parameters and MACs of segmentors, as the paper's Tables 6 and 7 do."""
+"""Count parameters and MACs of segmentors and ImageNet models, as the paper does."""
 
 import dataclasses
 import json
@@ -11,9 +11,15 @@ from mmseg_inceptionnext.measure.tables import complexity_table
 
 def main() -> None:
     parser = ToolParser('get_flops', __doc__)
-    parser.add_argument('config', nargs='+', help='config files')
     parser.add_argument(
-        '--shape', nargs=2, type=int, metavar=('H', 'W'), help='size of the image (512 2048 for UperNet, else 512 512)'
+        'config', nargs='+', help='config files; or archs of MetaNeXt, such as convnext_tiny_k3, and models of timm'
+    )
+    parser.add_argument(
+        '--shape',
+        nargs=2,
+        type=int,
+        metavar=('H', 'W'),
+        help='size of the image (512 2048 for UperNet, 224 224 for ImageNet models, else 512 512)',
     )
     parser.add_argument('--paper', action='store_true', help="add the paper's figures and the difference")
     parser.add_argument('--json', metavar='FILE', type=output_file, help='write the results')

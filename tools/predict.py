@@ -21,11 +21,20 @@ from mmseg_inceptionnext.command_line import (
     positive_int,
     run,
 )
+from mmseg_inceptionnext.config_files import is_classifier, read_config
+from mmseg_inceptionnext.inference.cam import predict_cams
+from mmseg_inceptionnext.inference.classifier import Classifier
 from mmseg_inceptionnext.inference.onnx_model import is_onnx
-from mmseg_inceptionnext.inference.predict import predict
+from mmseg_inceptionnext.inference.predict import count_images, predict
 from mmseg_inceptionnext.inference.runtimes import RUNTIMES
 from mmseg_inceptionnext.inference.segmentor import Segmentor
 from mmseg_inceptionnext.inference.sources import Output, find_sources
+
+# Options that mean nothing for maps of a class.
+OF_LABELS = (
+    'opacity', 'legend', 'labels', 'confidence', 'min_confidence', 'batch_size', 'tile', 'overlap', 'blend', 'bands',
+    'scale', 'polygons', 'min_area', 'skip_existing', 'shard', 'precision',
+)  # fmt: skip
 
 
 def share(text: str) -> float:
@@ -91,6 +100,10 @@ def main() -> None:
     parser.add_argument(
         '--min-area', metavar='N', type=non_negative_int, default=0, help='smallest polygon, in pixels (0)'
     )
+    parser.add_argument('--cam', metavar='CLASS', help='where the model looks for a class (Grad-CAM), not overlays')
+    parser.add_argument(
+        '--cam-layer', metavar='NAME', help='module whose feature map that is (the last stage of the backbone)'
+    )
     add_device_option(parser)
     parser.add_argument('--overwrite', action='store_true', help='replace what is in DIR already')
     parser.add_argument(
@@ -116,6 +129,16 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if is_onnx(args.config):  # tools/export.py's, which stands for config and checkpoint
         args.checkpoint, args.inputs = None, [args.checkpoint, *args.inputs]
+    if args.cam_layer is not None and args.cam is None:
+        parser.error('--cam-layer goes with --cam')
+    given = [name for name in OF_LABELS if getattr(args, name) != parser.get_default(name)]
+    if given and args.cam is not None:
+        parser.error(f'--{given[0].replace("_", "-")} does not go with --cam, which only draws maps of a class')
+    classifies = not is_onnx(args.config) and is_classifier(read_config(args.config))
+    if classifies and args.cam is None:
+        parser.error(f'{args.config} is the config of a classifier: pass --cam CLASS to draw where it looks')
+    if classifies and (given := [name for name in ('classes', 'runtime') if getattr(args, name)]):
+        parser.error(f'--{given[0]} is for segmentors, {args.config} is the config of a classifier')
     if not args.inputs:
         parser.error('the following arguments are required: input')
 
@@ -128,7 +151,7 @@ def main() -> None:
         lines = sys.stdin
     sources = find_sources(args.inputs, args.out, lines)
     with trusting_checkpoints(args.trust_checkpoint):
-        segmentor = Segmentor(
+        segmentor = Classifier(args.config, args.checkpoint, args.device) if classifies else Segmentor(
             args.config, args.checkpoint, args.device, args.classes, args.fast, args.precision, args.runtime,
             tile=args.tile, overlap=args.overlap, blend=args.blend,
         )  # fmt: skip
@@ -144,10 +167,17 @@ def main() -> None:
                 speed = progress.tasks[0].speed
                 progress.update(task, rate=f'{speed:.2f} images/s' if speed else '')
 
-            failures = predict(
-                segmentor, sources, output, args.batch_size, args.overwrite, advance, args.bands, args.scale,
-                args.skip_existing, args.shard, lambda images: progress.update(task, total=images),
-            )  # fmt: skip
+            def expect(images: int) -> None:
+                progress.update(task, total=images)
+
+            if args.cam is None:
+                failures = predict(
+                    segmentor, sources, output, args.batch_size, args.overwrite, advance, args.bands, args.scale,
+                    args.skip_existing, args.shard, expect,
+                )  # fmt: skip
+            else:
+                expect(count_images(sources))
+                failures = predict_cams(segmentor, sources, output, args.cam, args.cam_layer, args.overwrite, advance)
     print(f'{round(progress.tasks[0].completed)} images in {args.out}')
     exit_if_any_failed(failures)
 

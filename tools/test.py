@@ -1,4 +1,4 @@
-"""Evaluate a trained segmentor: mIoU, mAcc, aAcc and the figures of every class."""
+"""Evaluate a trained segmentor: mIoU, mAcc, aAcc and the figures of every class; or a classifier."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Train a segmentor."""
+"""Train a segmentor, or an ImageNet classifier."""
 
 import argparse
 import dataclasses
@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument('--list', action='store_true', help='list the shipped configs, and do nothing else')
     add_config_options(parser)
     parser.add_argument(
-        '--weights', metavar='X|none', help='weights of the backbone: timm name, https URL, file, or none (the config)'
+        '--weights',
+        metavar='X|none',
+        help='weights of backbone or classifier: timm name, https URL, file, or none (the config)',
     )
     parser.add_argument(
         '--resume', nargs='?', const=True, default=False, metavar='CKPT', help='resume from CKPT (the last checkpoint)'

@@ -14,7 +14,8 @@ from mmengine.config import Config
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
-from mmseg_inceptionnext.config_files import heads
+from mmseg_inceptionnext.config_files import heads, is_classifier
+from mmseg_inceptionnext.data.class_folders import check_class_folders
 from mmseg_inceptionnext.data.mask_coding import mask_counts, named_errors, open_mask
 from mmseg_inceptionnext.data.mask_dataset import MaskDataset
 from mmseg_inceptionnext.data.pipeline import displayed_path, leaf_datasets
@@ -41,8 +42,12 @@ def check_data(cfg: Config, *splits: str) -> None:
         splits: Some of 'train', 'val' and 'test'; those that the config does not have are skipped.
 
     Raises:
-        UserError: No data root, no image in a split, an image without annotation, or another number of classes.
+        UserError: No data root, no image in a split, an image without annotation, or another number of classes; for a
+            classifier, what :func:`~mmseg_inceptionnext.data.class_folders.check_class_folders` finds.
     """
+    if is_classifier(cfg):
+        check_class_folders(cfg, *splits)
+        return
     for split in splits:
         dataloader = cfg.get(f'{split}_dataloader')
         for dataset_cfg in leaf_datasets(dataloader.dataset) if dataloader else ():

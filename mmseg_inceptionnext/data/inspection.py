@@ -16,7 +16,7 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.registry import TRANSFORMS
 from PIL import Image
 
-from mmseg_inceptionnext.config_files import require
+from mmseg_inceptionnext.config_files import require, require_segmentor
 from mmseg_inceptionnext.data.check import head_faults, list_annotations, list_samples, open_dataset
 from mmseg_inceptionnext.data.class_weights import keep_counts
 from mmseg_inceptionnext.data.ignore_index import use_one_ignore_index
@@ -181,6 +181,7 @@ def inspect_data(
         UserError: A data root, a folder or every image of a split is missing, or a process was killed.
     """
     require(cfg, 'model', 'train_dataloader')
+    require_segmentor(cfg)
     cfg = copy.deepcopy(cfg)
     use_one_ignore_index(cfg)
     found = Inspection()

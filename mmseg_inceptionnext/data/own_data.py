@@ -19,7 +19,7 @@ from mmseg_inceptionnext.data.sampling import evenly_spread
 from mmseg_inceptionnext.errors import UnreadableFile, UserError
 from mmseg_inceptionnext.images import image_size, read_image
 from mmseg_inceptionnext.labels import IGNORE_INDEX, ignore_index_of
-from mmseg_inceptionnext.models.archs import resolve_arch
+from mmseg_inceptionnext.models.archs import resolve_metanext_arch
 
 _SIZES_READ = 200  # images whose sizes are read to find the usual one
 _IMAGES_READ = 32  # images whose values are read to find their mean
@@ -58,11 +58,11 @@ def use_data_file(cfg: Config, source: str | Path | Mapping[str, Any]) -> list[s
 
 
 def fit_channels(model: ConfigDict) -> None:
-    """Set ``in_channels`` of neck and heads to the backbone's output channels, in place; InceptionNeXt's alone."""
-    if model.backbone.get('type') != 'InceptionNeXt':
+    """Set ``in_channels`` of neck and heads to the backbone's output channels, in place; MetaNeXt's alone."""
+    if model.backbone.get('type') not in ('InceptionNeXt', 'MetaNeXt'):
         return
-    arch = resolve_arch(model.backbone.get('arch', 'tiny'))
-    outputs = [arch['channels'][i] for i in model.backbone.get('out_indices', (0, 1, 2, 3))]
+    arch = resolve_metanext_arch(model.backbone.get('arch', 'tiny'))
+    outputs = [arch.channels[i] for i in model.backbone.get('out_indices') or arch.default_out_indices]
     if model.get('neck'):
         if 'in_channels' in model.neck:
             model.neck.in_channels = outputs

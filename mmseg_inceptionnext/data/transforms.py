@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from mmcv import rescale_size
 from mmcv.transforms import BaseTransform
-from mmseg.registry import TRANSFORMS
+from mmengine.registry import TRANSFORMS
 from PIL import Image
 
 from mmseg_inceptionnext.data.mask_coding import named_errors, open_mask

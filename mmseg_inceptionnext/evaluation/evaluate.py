@@ -15,7 +15,7 @@ from mmseg.models.segmentors import EncoderDecoder
 from torch import nn
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
-from mmseg_inceptionnext.config_files import require
+from mmseg_inceptionnext.config_files import is_classifier, require
 from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.data.check import check_data
 from mmseg_inceptionnext.data.ignore_index import use_one_ignore_index
@@ -31,7 +31,7 @@ from mmseg_inceptionnext.inference.optimize import made_for
 from mmseg_inceptionnext.inference.precision import AutoPrecision, check_precision
 from mmseg_inceptionnext.inference.temperature import read_temperature, write_temperature
 from mmseg_inceptionnext.labels import check_same_classes
-from mmseg_inceptionnext.models.weights import load_segmentor
+from mmseg_inceptionnext.models.weights import load_classifier, load_segmentor
 from mmseg_inceptionnext.training.runner import SafeRunner
 
 
@@ -39,11 +39,12 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
              fast: bool = True, tta: bool = False, report: str | Path | None = None,
              report_images: int = 5, need_figures: bool = True, precision: str = 'fp32',
              details: bool = False, temperature: str | None = None) -> dict | None:  # fmt: skip
-    """Evaluate a trained segmentor on the test set.
+    """Evaluate a trained segmentor on the test set; or a classifier, in fp32 and by the metrics of its config alone.
 
     Args:
         cfg: A whole config, with ``work_dir`` set; it stays as it is.
-        checkpoint: Path of a segmentor trained with the config; every key and shape must agree.
+        checkpoint: Path of a segmentor trained with the config; every key and shape must agree. Of a classifier, also
+            what :func:`~mmseg_inceptionnext.models.weights.load_classifier` takes.
         out: Folder for predicted label maps, as PNGs in the coding of the data set's annotations.
         show_dir: Folder for pictures of image, ground truth and prediction.
         fast: Apply :func:`~mmseg_inceptionnext.inference.optimize_for_inference` to the model first.
@@ -64,7 +65,8 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
         config asks for, such as 'mDice' and 'Dice' of each class. IoU is None for a class that is neither in the ground
         truth nor predicted, Acc for one that is not in the ground truth. Without ground truth, None instead of the
         dict. With details, 'mBoundaryIoU' and 'BoundaryIoU' of each class, 'ECE', and under 'calibration' what
-        :func:`~mmseg_inceptionnext.evaluation.calibration.calibration` returns, and the temperature.
+        :func:`~mmseg_inceptionnext.evaluation.calibration.calibration` returns, and the temperature. Of a classifier,
+        ``{'accuracy/top1', 'accuracy/top5'}`` in percent.
 
     Raises:
         UserError: The data set, the checkpoint or the metric cannot be read or does not fit the config, or there is no
@@ -75,6 +77,14 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
         raise UserError(f"temperature={temperature!r} must be 'fit', or be left out")
     require(cfg, 'model', 'test_dataloader', 'test_evaluator', 'test_cfg')
     cfg = copy.deepcopy(cfg)
+    if is_classifier(cfg):
+        for name, value in dict(out=out, show_dir=show_dir, tta=tta, report=report, temperature=temperature).items():
+            if value:
+                shown = value if isinstance(value, bool) else str(value)
+                raise UserError(f'{name}={shown!r} is for segmentors, the config is of a classifier: drop it')
+        if precision != 'fp32':
+            raise UserError(f'precision={precision!r} is for segmentors, a classifier is tested in fp32: drop it')
+        return _evaluate_classifier(cfg, checkpoint)
     use_one_ignore_index(cfg)
     metric_cfg = _iou_metric(cfg)
     no_truth = missing_ground_truth(cfg.test_dataloader.dataset)
@@ -135,12 +145,26 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
     return figures
 
 
-def _runner(cfg: Config, content: dict, checkpoint: str | Path, fast: bool, tta: bool, precision: str) -> SafeRunner:
-    """Return a runner whose model is ready for the test loop."""
+def _evaluate_classifier(cfg: Config, checkpoint: str | Path) -> dict:
+    check_data(cfg, 'test')
+    init_process_group(cfg.get('launcher', 'none'), cfg.get('env_cfg', {}).get('dist_cfg'))
+    runner = _bare_runner(cfg)
+    content = load_classifier(runner.model, checkpoint)
+    check_same_classes(content, checkpoint, runner.test_dataloader.dataset.metainfo['classes'])
+    metrics = runner.test()
+    return {key: round(value, 2) for key, value in metrics.items() if isinstance(value, Real)}
+
+
+def _bare_runner(cfg: Config) -> SafeRunner:
     # The weights of a checkpoint are the averages already.
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') != 'EMAHook']
     cfg.update(resume=False, load_from=None)  # the config may be one that a resumed run has written
-    runner = SafeRunner.from_cfg(cfg)
+    return SafeRunner.from_cfg(cfg)
+
+
+def _runner(cfg: Config, content: dict, checkpoint: str | Path, fast: bool, tta: bool, precision: str) -> SafeRunner:
+    """Return a runner whose model is ready for the test loop."""
+    runner = _bare_runner(cfg)
     load_segmentor(runner.model, content, checkpoint)
     check_same_classes(content, checkpoint, runner.test_dataloader.dataset.metainfo['classes'])
     if is_model_wrapper(runner.model):

@@ -30,15 +30,16 @@ from mmseg_inceptionnext.inference.packed import (
 )
 from mmseg_inceptionnext.inference.precision import check_precision, faster, use_bfloat16
 from mmseg_inceptionnext.models.build import heads_of
-from mmseg_inceptionnext.models.inceptionnext import InceptionNeXt, InceptionNeXtBlock
 from mmseg_inceptionnext.models.late_upsample import late_upsample
 from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleConv2d
+from mmseg_inceptionnext.models.metanext import MetaNeXt, MetaNeXtBlock
+from mmseg_inceptionnext.models.token_mixers import Attention
 from mmseg_inceptionnext.models.winograd import WinogradConv2d
 
 # Convolutions whose result is linear in the weight that they store.
 _PLAIN_CONVS = (nn.Conv2d, WinogradConv2d, LateUpsampleConv2d)
-# Parts of other backbones that call their linear layers and do not read the weights.
-_CALLERS_OF_LINEAR = (WindowMSA, PatchMerging, FFN, timm.layers.Mlp)
+# Parts of backbones that call their linear layers and do not read the weights.
+_CALLERS_OF_LINEAR = (Attention, WindowMSA, PatchMerging, FFN, timm.layers.Mlp)
 
 
 def optimize_for_inference(
@@ -47,10 +48,10 @@ def optimize_for_inference(
     """Return a copy of a segmentor that predicts the same, faster. The model that is given stays as it is.
 
     - A UPerHead convolves at low resolution (:func:`~mmseg_inceptionnext.models.late_upsample.late_upsample`).
-    - BatchNorm and LayerScale of InceptionNeXt's blocks and the norms of stem and down-samplings are folded into the
+    - BatchNorm and LayerScale of MetaNeXt's blocks and the norms of stem and down-samplings are folded into the
       convolutions next to them, and those of neck and head as well. This is exact: no padding comes in between.
     - The auxiliary head is dropped. An EncoderDecoder becomes a :class:`LabelMapSegmentor`.
-    - On a CPU, the weights of InceptionNeXt, FPN, UPerHead and FPNHead are packed
+    - On a CPU, the weights of MetaNeXt, FPN, UPerHead and FPNHead are packed
       (:mod:`mmseg_inceptionnext.inference.packed`) in the precision asked for. In float32, their wide 3×3 convolutions
       use Winograd's algorithm. Under another ``torch.autocast`` they are not packed: call this under the autocast that
       the result will run under.
@@ -114,7 +115,7 @@ def made_for(model: nn.Module, precision: str, fast: bool) -> nn.Module:
 def fold_norms(model: EncoderDecoder) -> None:
     """Fold norms and LayerScale into convolutions, in place. For eval mode."""
     backbone = model.backbone
-    if isinstance(backbone, InceptionNeXt):
+    if isinstance(backbone, MetaNeXt):
         backbone.stem = fuse_conv_bn(backbone.stem)
         for stage in backbone.stages:
             if isinstance(stage.downsample, nn.Sequential):
@@ -123,7 +124,7 @@ def fold_norms(model: EncoderDecoder) -> None:
                     _fold_norm_into_next(norm, conv)
                     stage.downsample = conv
             for i, block in enumerate(stage.blocks):
-                if isinstance(block, InceptionNeXtBlock) and _folds(block.norm):
+                if isinstance(block, MetaNeXtBlock):
                     stage.blocks[i] = FoldedBlock(block)
     for part in _neck_and_head(model):
         for module in part.modules():
@@ -132,20 +133,25 @@ def fold_norms(model: EncoderDecoder) -> None:
 
 
 class FoldedBlock(nn.Module):
-    """An InceptionNeXtBlock with its norm in ``fc1`` and its γ in ``fc2``. (N, C, H, W) to (N, C, H, W)."""
+    """A MetaNeXtBlock with its norm in ``fc1``, if that is a BatchNorm, and its γ in ``fc2``.
 
-    def __init__(self, block: InceptionNeXtBlock):
+    (N, C, H, W) to (N, C, H, W).
+    """
+
+    def __init__(self, block: MetaNeXtBlock):
         super().__init__()
-        self.token_mixer, self.mlp = block.token_mixer, block.mlp
-        _fold_norm_into_next(block.norm, self.mlp.fc1)
+        self.token_mixer, self.norm, self.mlp = block.token_mixer, block.norm, block.mlp
+        if _folds(self.norm):
+            _fold_norm_into_next(self.norm, self.mlp.fc1)
+            self.norm = nn.Identity()
         fc2 = self.mlp.fc2
         fc2.weight.copy_(fc2.weight.double() * block.gamma.double()[:, None, None, None])
         fc2.bias.copy_(fc2.bias.double() * block.gamma.double())
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.mlp, PackedMlp):
-            return self.mlp(self.token_mixer(x.to(self.mlp.dtype)), residual=x)
-        return x + self.mlp(self.token_mixer(x))
+            return self.mlp(self.norm(self.token_mixer(x.to(self.mlp.dtype))), residual=x)
+        return x + self.mlp(self.norm(self.token_mixer(x)))
 
 
 def _has_norm_to_fold(module: ConvModule) -> bool:
@@ -183,7 +189,7 @@ def pack_weights(model: EncoderDecoder, dtype: torch.dtype = torch.float32) -> N
             module.mlp = PackedMlp(module.mlp, dtype)
         elif type(module) in _CALLERS_OF_LINEAR:
             _pack_linears(module, dtype)
-    if isinstance(model.backbone, InceptionNeXt):
+    if isinstance(model.backbone, MetaNeXt):
         for module in model.backbone.modules():
             if type(module) is nn.Conv2d and _is_float32(module):
                 module.to(dtype)  # once, and not in each call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,13 +24,14 @@ from PIL import Image
 from torch import nn
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
-from mmseg_inceptionnext.config_files import find_config, read_config, require, without_scope
+from mmseg_inceptionnext.config_files import find_config, read_config, require, require_segmentor, without_scope
 from mmseg_inceptionnext.data.pipeline import leaf_datasets, pipeline_for_arrays
 from mmseg_inceptionnext.device import find_device
 from mmseg_inceptionnext.drawing import add_legend, draw_overlay, hatch
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.files import file_digest
 from mmseg_inceptionnext.images import as_rgb, read_image, swap_rgb
+from mmseg_inceptionnext.inference.cam import class_activation_map
 from mmseg_inceptionnext.inference.confidence import Probabilities, class_logits_of
 from mmseg_inceptionnext.inference.onnx_model import OnnxModel, is_onnx
 from mmseg_inceptionnext.inference.optimize import made_for
@@ -283,6 +285,7 @@ class Segmentor:
             checkpoint = Path(checkpoint).expanduser().absolute()
         if classes not in (None, 'ade20k'):
             classes = Path(classes).absolute()
+        self._plain: EncoderDecoder | None = None  # for :meth:`cam`
         self._arguments = config, checkpoint, device, classes, fast, precision, runtime, threads, tile, overlap, blend
 
     def __reduce__(self) -> tuple:
@@ -432,6 +435,41 @@ class Segmentor:
             )
         return dict(packed, image=image)
 
+    def cam(self, image: str | Path | Image.Image | np.ndarray, name: str, layer: str | None = None) -> np.ndarray:
+        """Return where in an image the model looks for a class, by Grad-CAM.
+
+        It needs the package grad-cam, and a second copy of the model, which has gradients; that is loaded at the first
+        call.
+
+        Args:
+            image: As of a call.
+            name: Name of the class.
+            layer: Name of the module whose feature map is weighted, see
+                :func:`~mmseg_inceptionnext.inference.cam.class_activation_map`.
+
+        Returns:
+            (H, W) float32 of the size of the image, from 0 to 1.
+
+        Raises:
+            UserError: The image cannot be read, there is no such class or layer, grad-cam is missing, or the model is a
+                .onnx file or predicts the image in tiles.
+        """
+        config, checkpoint, _, classes, *_ = self._arguments
+        if checkpoint is None:
+            raise UserError(f'{config} has no gradients: maps of a class need config and checkpoint')
+        if name not in self.classes.names:
+            close = difflib.get_close_matches(name, self.classes.names, n=1)
+            known = f'did you mean {close[0]!r}?' if close else f'choose one of {", ".join(self.classes.names)}'
+            raise UserError(f'cam={name!r} is no class of the model: {known}')
+        pixels = self.read(image)
+        prepared = self.prepare(pixels)
+        if 'tile' in prepared:
+            raise UserError(f'tile={prepared["tile"]}: maps of a class are of whole images: leave it out')
+        if self._plain is None:
+            self._plain = load_trained(config, checkpoint, classes)[1].to(self.device).requires_grad_(False)
+        values = class_activation_map(self._plain, prepared, self.classes.names.index(name), layer)
+        return cv2.resize(values, (pixels.shape[1], pixels.shape[0]), interpolation=cv2.INTER_LINEAR)
+
     @torch.inference_mode()
     def predict(
         self, prepared: Sequence[dict], batch_size: int = 1, keep_logits: bool = True, confidence: bool = False
@@ -489,6 +527,7 @@ def load_trained(
     """
     cfg = without_scope(copy.deepcopy(config)) if isinstance(config, Config) else read_config(config)
     require(cfg, 'model', 'test_dataloader')
+    require_segmentor(cfg)
     content = read_checkpoint(checkpoint)
     if classes is None:
         found = classes_of_checkpoint(content, checkpoint)

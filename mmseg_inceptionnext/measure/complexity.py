@@ -1,4 +1,4 @@
-"""Count parameters and MACs of a segmentor, as the paper's Tables 6 and 7 do.
+"""Count parameters and MACs of a segmentor, as the paper's Tables 6 and 7 do, or of an ImageNet classifier.
 
 The counter is torch's own (``torch.utils.flop_counter``): convolutions and matrix products, including attention. Norms,
 activations and up-sampling are not counted. Nothing is computed: the model runs on torch's meta device, where no
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg_inceptionnext.config_files import heads, read_config
+from mmseg_inceptionnext.config_files import heads, is_classifier, read_config
 from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.measure.imagenet import imagenet_config, is_imagenet_model
 from mmseg_inceptionnext.models.build import LARGEST_STRIDE, build_segmentor, channels_of
 
 
@@ -26,7 +28,7 @@ class Complexity:
     """Cost of one config.
 
     Attributes:
-        config: Path of the config.
+        config: Path of the config, or name of the ImageNet model.
         params_m: Parameters in millions, with the auxiliary head, as the paper prints them.
         params_m_without_aux: Parameters in millions that inference needs: without the auxiliary head.
         gmacs: 10⁹ multiply-adds of one image in mmseg's ``tensor`` mode, where the auxiliary head does not run; with
@@ -46,19 +48,27 @@ class Complexity:
 
 
 def measure_complexity(config: str | Path, shape: tuple[int, int] | None = None) -> Complexity:
-    """Count parameters and MACs of one config.
+    """Count parameters and MACs of one config, or of an ImageNet classifier.
 
     Args:
-        config: Path or name of a config.
-        shape: Height and width of the image. Default: the paper's, 512×2048 for UperNet and 512×512 for others.
+        config: Path or name of a config; or an arch of MetaNeXt or a model of timm, such as 'convnext_tiny_k5'.
+        shape: Height and width of the image. Default: the paper's, 512×2048 for UperNet, 512×512 for other segmentors
+            and 224×224 for classifiers, or what the config of one crops to.
 
     Raises:
         UserError: The config cannot be read, or the model cannot take the shape.
     """
-    cfg = read_config(config)
-    model = build_segmentor(cfg).eval()
+    is_name = is_imagenet_model(config)
+    cfg = imagenet_config(str(config)) if is_name else read_config(config)
+    with torch.device('meta') if is_name else nullcontext():  # drawing 90 M weights takes seconds
+        model = build_segmentor(cfg).eval()
     types = [head.type for name, head in heads(cfg.model) if name == 'decode_head']
-    if shape is None:
+    if shape is None and is_name:
+        shape = (224, 224)
+    elif shape is None and is_classifier(cfg):
+        (side,) = (step.crop_size for step in cfg.test_dataloader.dataset.pipeline if step.type == 'CenterCrop')
+        shape = (side, side)
+    elif shape is None:
         shape = (512, 2048) if any('UPerHead' in kind for kind in types) else (512, 512)
 
     total = sum(p.numel() for p in model.parameters())

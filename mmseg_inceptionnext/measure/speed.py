@@ -19,6 +19,7 @@ from mmengine.logging import MMLogger
 
 from mmseg_inceptionnext.config import user_error_message
 from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.measure.imagenet import is_imagenet_model
 from mmseg_inceptionnext.measure.timed_model import Setting, TimedModel
 from mmseg_inceptionnext.models.build import LARGEST_STRIDE
 
@@ -61,7 +62,8 @@ def measure_speed(
     """Measure configs interleaved. Ctrl-C ends the measurement early; complete rounds count.
 
     Args:
-        configs: Paths or names of configs; ratios are to the first that can be measured.
+        configs: Paths or names of configs; for 'backbone' also archs of MetaNeXt and models of timm, which are timed
+            with their classifiers. Ratios are to the first that can be measured.
         settings: What to measure: one setting for all configs, or one for each, of the same task.
         checkpoints: Path of a trained segmentor for each config, or none at all: random weights are as fast.
         progress: Function that wraps the iterator over single measurements, given their number.
@@ -182,6 +184,12 @@ def _check(setting: Setting, configs: Sequence[str], checkpoints: Sequence[str])
         raise UserError(f'fast=True chooses the layout: leave layout={setting.layout!r} out')
     if setting.precision == 'auto' and setting.task != 'fps':
         raise UserError(f"precision='auto' goes with task='fps': choose one for task={setting.task!r}")
+    if (classifiers := [config for config in configs if is_imagenet_model(config)]) and (
+        setting.task != 'backbone' or setting.fast or setting.data is not None
+    ):
+        raise UserError(
+            f"{classifiers[0]} is an ImageNet classifier: time it by task='backbone', without fast and data"
+        )
     needs_gpu = setting.precision == 'tf32' or (setting.precision, setting.task) == ('fp16', 'train')
     if needs_gpu and get_device() != 'cuda':
         raise UserError(f'precision={setting.precision!r} needs a GPU: choose fp32 or bf16')

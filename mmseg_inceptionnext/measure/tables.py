@@ -9,7 +9,7 @@ import yaml
 from mmseg_inceptionnext.command_line import markdown_table
 from mmseg_inceptionnext.config_files import recipe_names, shipped_folder
 from mmseg_inceptionnext.measure.complexity import Complexity
-from mmseg_inceptionnext.measure.paper import paper_row
+from mmseg_inceptionnext.measure.paper import imagenet_row, paper_row
 from mmseg_inceptionnext.measure.speed import Speed
 
 
@@ -28,10 +28,10 @@ def complexity_table(rows: Sequence[Complexity], paper: bool = False) -> str:
     if paper:
         header += ['paper: params', 'Δ', 'paper: GMACs', 'Δ']
         for row, line in zip(rows, cells, strict=True):
-            printed = paper_row(row.config)
+            printed = imagenet_row(row.config, row.shape) or paper_row(row.config)
             line += (
-                [f'{printed.params}', _difference(row.params_m, printed.params),
-                 f'{printed.macs}', _difference(row.gmacs, printed.macs)] if printed else ['–'] * 4
+                [f'{printed.params}', _difference(row.params_m, float(printed.params)),
+                 f'{printed.macs}', _difference(row.gmacs, float(printed.macs))] if printed else ['–'] * 4
             )  # fmt: skip
     return markdown_table(header, cells)
 
@@ -39,15 +39,18 @@ def complexity_table(rows: Sequence[Complexity], paper: bool = False) -> str:
 def speed_table(rows: Sequence[Speed]) -> str:
     """Format median, minimum and maximum, the ratio to the first config with its spread, and memory.
 
-    The paper's FPS and their ratio to the first config's are added where 'fps' was measured and the paper has them.
+    The paper's FPS and their ratio to the first config's are added where 'fps' was measured and the paper has them; for
+    ImageNet models, its throughput in inference and in training.
     """
     train = any(row.fps_forward_backward is not None for row in rows)
     printed = [paper_row(row.config) if row.task == 'fps' else None for row in rows]
     header = ['config', 'images/s', 'min', 'max', 'ratio', 'spread', 'peak MB', 'layout']
     header += ['fwd+bwd'] if train else []
     header += ['paper: FPS', 'ratio'] if any(printed) else []
+    imagenet = [imagenet_row(row.config, row.shape) if row.task == 'backbone' else None for row in rows]
+    header += ['paper: infer', 'ratio', 'paper: train', 'ratio'] if any(imagenet) else []
     cells = []
-    for row, paper in zip(rows, printed, strict=True):
+    for i, (row, paper) in enumerate(zip(rows, printed, strict=True)):
         line = [
             row.config, f'{row.fps:.2f}', f'{row.fps_min:.2f}', f'{row.fps_max:.2f}', f'{row.ratio_to_first:.2f}',
             f'{row.ratio_min:.2f} – {row.ratio_max:.2f}', f'{row.peak_memory_mb:.0f}', row.layout,
@@ -57,6 +60,10 @@ def speed_table(rows: Sequence[Speed]) -> str:
         if any(printed):
             fps, first = (row.fps if row else None for row in (paper, printed[0]))
             line += [f'{fps:.1f}' if fps else '–', f'{fps / first:.2f}' if fps and first else '–']
+        if any(imagenet):
+            for figure in ('infer', 'train'):
+                value, first = (getattr(found, figure, None) for found in (imagenet[i], imagenet[0]))
+                line += [f'{value}' if value else '–', f'{value / first:.2f}' if value and first else '–']
         cells.append(line)
     return markdown_table(header, cells)
 

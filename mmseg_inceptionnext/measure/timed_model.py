@@ -18,10 +18,12 @@ from mmseg.structures import SegDataSample
 from torch import nn
 
 from mmseg_inceptionnext.config import override, read_config, set_data_root
+from mmseg_inceptionnext.config_files import require_segmentor
 from mmseg_inceptionnext.data.check import check_data
 from mmseg_inceptionnext.device import device_name, keep_freed_memory, peak_memory_mb
 from mmseg_inceptionnext.inference.optimize import made_for, optimize_for_inference
 from mmseg_inceptionnext.inference.precision import faster
+from mmseg_inceptionnext.measure.imagenet import imagenet_config, is_imagenet_model
 from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.training.mixed_precision import amp_optim_wrapper
 
@@ -71,7 +73,10 @@ class TimedModel:
     """One model, set up and warmed up; ``steps`` maps the name of a figure to the function that is timed for it."""
 
     def __init__(self, config: str, setting: Setting, checkpoint: str | None):
-        self.cfg, self.setting, self.device = read_config(config), setting, get_device()
+        self.cfg = imagenet_config(str(config)) if is_imagenet_model(config) else read_config(config)
+        self.setting, self.device = setting, get_device()
+        if setting.task != 'backbone':
+            require_segmentor(self.cfg)
         override(self.cfg, data=setting.data)
         _set_precision(setting.precision)
         self.batch_size, self.shape = self._sizes()
@@ -185,7 +190,7 @@ class TimedModel:
 
     @property
     def _channels(self) -> int:
-        return self.cfg.model.backbone.get('in_channels', 3)
+        return self.cfg.model.get('backbone', {}).get('in_channels', 3)
 
     @property
     def _has_no_images(self) -> bool:

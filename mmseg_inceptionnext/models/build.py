@@ -87,8 +87,8 @@ def _check_fits(setting: str, given: int | Sequence[int] | None, expected: int |
 
 
 def heads_of(model: nn.Module) -> list[nn.Module]:
-    """Return the decode heads of a segmentor: one, or those of a cascade in their order."""
-    head = model.decode_head
+    """Return the decode heads of a segmentor: one, or those of a cascade in their order; or a classifier's head."""
+    head = model.decode_head if hasattr(model, 'decode_head') else model.head
     return list(head) if isinstance(head, nn.ModuleList) else [head]
 
 

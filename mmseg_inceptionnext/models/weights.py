@@ -30,13 +30,13 @@ _CONTAINERS = ('state_dict_ema', 'state_dict', 'model')
 
 
 def load_pretrained(backbone: nn.Module, source: str) -> None:
-    """Load ImageNet weights into an InceptionNeXt backbone, all of them or none.
+    """Load ImageNet weights into a MetaNeXt backbone, all of them or none.
 
     Args:
         backbone: The backbone. If its stem has other than 3 input channels, the weights are adapted as timm does it:
             summed for 1, repeated and rescaled for more.
         source: Name in timm ('inception_next_tiny.sail_in1k'), https URL, or path of a .pth or .safetensors file from
-            timm, from the paper's authors, or of a whole segmentor trained here.
+            timm, from the paper's authors, or of a whole segmentor trained here; also of their and timm's ConvNeXts.
 
     Raises:
         UserError: The source cannot be found or read, would run code when unpickled, lacks a key of the backbone, or
@@ -44,7 +44,7 @@ def load_pretrained(backbone: nn.Module, source: str) -> None:
             out-norms, which ImageNet models do not have, may be missing.
     """
     path = _locate(str(source))
-    loaded = backbone_state_dict(read_checkpoint(path), path)
+    loaded = _from_convnext(backbone_state_dict(read_checkpoint(path), path))
     expected = backbone.state_dict()
 
     stem = loaded.get('stem.0.weight')
@@ -70,21 +70,93 @@ def load_pretrained(backbone: nn.Module, source: str) -> None:
     )
 
 
+def load_classifier(model: nn.Module, source: str, finetune: bool = False) -> dict:
+    """Load a trained ImageNet classifier, all of it or nothing.
+
+    Args:
+        model: An :class:`~mmseg_inceptionnext.models.classifier.ImageNetClassifier`, possibly wrapped.
+        source: Name in timm ('inception_next_tiny.sail_in1k'), https URL, or path of a .pth or .safetensors file from
+            timm, from the paper's authors, or of a classifier trained here.
+        finetune: Leave out the last layer where it has another number of classes than the model, and say so.
+
+    Returns:
+        The content of the checkpoint.
+
+    Raises:
+        UserError: The source cannot be found or read, would run code when unpickled, or does not fit.
+    """
+    path = _locate(str(source))
+    content = read_checkpoint(path)
+    module = model.module if is_model_wrapper(model) else model
+    expected = module.state_dict()
+    loaded = {}
+    for key, value in backbone_and_head_state_dict(content, path).items():
+        loaded[key if key.startswith(('backbone.', 'head.')) else f'backbone.{key}'] = value
+    there, here = loaded.get('head.fc2.weight'), expected['head.fc2.weight']
+    left_out = ''
+    if there is not None and len(there) != len(here):
+        if not finetune:
+            raise UserError(f'{path} has {len(there)} classes, the config {len(here)}: set model.head.num_classes')
+        left_out = f'; left out: its classifier of {len(there)} classes, as there are {len(here)} here'
+        loaded |= {key: value for key, value in expected.items() if key.startswith('head.fc2.')}
+    if problems := _differences(expected, loaded):
+        backbone = {key.removeprefix('backbone.'): value for key, value in loaded.items()}
+        raise UserError(f'{path} does not fit the classifier{_recognised(backbone)}: {problems}')
+    module.load_state_dict(loaded)
+    say(f'Loaded {len(loaded)} tensors into the classifier from {path}{left_out}')
+    return content
+
+
 def backbone_state_dict(checkpoint: dict, path: Path) -> dict[str, Tensor]:
     """Return the backbone's tensors of a checkpoint, without the container and prefixes that programs add.
 
     Raises:
         UserError: There are no tensors.
     """
+    return _inside('backbone.', backbone_and_head_state_dict(checkpoint, path))
+
+
+def backbone_and_head_state_dict(checkpoint: dict, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint, without the container and the prefix of a distributed model.
+
+    Raises:
+        UserError: There are no tensors.
+    """
     container = next((key for key in _CONTAINERS if isinstance(checkpoint.get(key), dict)), None)
-    state_dict = checkpoint[container] if container else checkpoint
-    state_dict = _tensors(state_dict)
-    for prefix in ('module.', 'backbone.'):
-        if any(key.startswith(prefix) for key in state_dict):
-            state_dict = {key.removeprefix(prefix): v for key, v in state_dict.items() if key.startswith(prefix)}
+    state_dict = _inside('module.', _tensors(checkpoint[container] if container else checkpoint))
     if not state_dict:
         raise UserError(f'{path} holds no tensors: it has the keys {_some(checkpoint)}')
     return state_dict
+
+
+def _inside(prefix: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what has a prefix, without it; all, if nothing has it."""
+    found = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    return found or state_dict
+
+
+# Names of parameters in the released ConvNeXts and in timm's, and ours for the same.
+_CONVNEXT_NAMES = (
+    (r'^downsample_layers\.0\.', 'stem.'),
+    (r'^downsample_layers\.(\d+)\.', r'stages.\1.downsample.'),
+    (r'^stages\.(\d+)\.(\d+)\.', r'stages.\1.blocks.\2.'),
+    (r'\.(?:conv_dw|dwconv(?:\.conv)?)\.', '.token_mixer.dwconv.'),
+    (r'\.pwconv([12])\.', r'.mlp.fc\1.'),
+    (r'^norm\.', 'head.norm.'),
+)
+
+
+def _from_convnext(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the parameters of a ConvNeXt, whose linear layers are our 1×1 convolutions; others stay as they are."""
+    if not any(re.match(r'stages\.\d+\.(blocks\.)?\d+\.(conv_dw|dwconv)\.', key) for key in state_dict):
+        return state_dict
+    renamed = {}
+    for key, value in state_dict.items():
+        for theirs, ours in _CONVNEXT_NAMES:
+            key = re.sub(theirs, ours, key)
+        is_linear = re.search(r'\.mlp\.fc\d\.weight$', key) and value.ndim == 2
+        renamed[key] = value[:, :, None, None] if is_linear else value
+    return renamed
 
 
 def check_fits(model: nn.Module, checkpoint: dict, path: str | Path) -> None:
@@ -245,7 +317,9 @@ def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
 def _recognised(state_dict: Mapping[str, Tensor]) -> str:
     if name := recognise_arch(state_dict):
         return f' (this is inception_next_{name})'
-    if not any('.token_mixer.dwconv_hw.' in key for key in state_dict):
+    if any('.token_mixer.dwconv.' in key for key in state_dict):
+        return ' (this is a ConvNeXt)'
+    if not any('.token_mixer.dwconv_' in key for key in state_dict):
         return ' (this is no InceptionNeXt)'
     return ''
 

@@ -14,7 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.hooks import Hook
-from mmseg.registry import HOOKS
+from mmengine.registry import HOOKS
 
 from mmseg_inceptionnext.device import device_name, peak_memory_mb
 from mmseg_inceptionnext.models.build import build_segmentor
@@ -105,7 +105,7 @@ def dry_run(cfg: Config, make_runner: Callable[[Config], SafeRunner]) -> Plan:
     cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='_StopwatchHook')]
     cfg.default_hooks.checkpoint = None
     cfg.log_level = 'WARNING'
-    cfg.visualizer = dict(type='SegLocalVisualizer')
+    cfg.visualizer = dict(type=(cfg.get('visualizer') or {}).get('type', 'SegLocalVisualizer'))  # without backends
     has_validation = cfg.get('val_dataloader') is not None
     with tempfile.TemporaryDirectory() as folder:
         cfg.work_dir = folder

@@ -18,7 +18,8 @@ from mmseg_inceptionnext.training.schedule import schedule_text
 
 # What changes the training of a run; not where its files lie, how it logs or how often it validates.
 _SECTIONS = ('train_cfg', 'optim_wrapper', 'train_dataloader.batch_size', 'train_dataloader.dataset.pipeline', 'model')
-_LEFT_OUT = ('train_cfg.val_interval', 'train_cfg.val_begin', 'train_cfg.dynamic_intervals', 'model.backbone.init_cfg')
+_LEFT_OUT = ('train_cfg.val_interval', 'train_cfg.val_begin', 'train_cfg.dynamic_intervals', 'model.init_cfg',
+             'model.backbone.init_cfg')  # fmt: skip
 _LONGEST_VALUE = 60  # characters
 _MOST_SHOWN = 8
 _LONGEST_CONFIG = 1_000_000  # characters; a file can hold anything

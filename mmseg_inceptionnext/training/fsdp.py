@@ -13,7 +13,7 @@ from torch.distributed.fsdp import OptimStateKeyType
 
 from mmseg_inceptionnext.distributed import world_size
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.models.inceptionnext import InceptionNeXtBlock
+from mmseg_inceptionnext.models.metanext import MetaNeXtBlock
 
 
 def check_fsdp(cfg: Config) -> None:
@@ -42,7 +42,7 @@ def is_inceptionnext_block(module: nn.Module, recurse: bool, nonwrapped_numel: i
     Stem, down-sampling, neck and heads stay together: FSDP gathers weights for ``forward``, mmseg calls heads by other
     methods, and :class:`~mmseg_inceptionnext.LateUpsampleUPerHead` reads the weights of its layers.
     """
-    return recurse or isinstance(module, InceptionNeXtBlock)
+    return recurse or isinstance(module, MetaNeXtBlock)
 
 
 @STRATEGIES.register_module()

@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 import torch
 from mmengine.dist import get_world_size
 from mmengine.hooks import ParamSchedulerHook
+from mmengine.registry import LOOPS
 from mmengine.runner import IterBasedTrainLoop, ValLoop
-from mmseg.registry import LOOPS
 
 from mmseg_inceptionnext.distributed import any_rank
 from mmseg_inceptionnext.errors import UserError, one_line

@@ -9,8 +9,8 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner.amp import autocast
-from mmseg.registry import OPTIM_WRAPPERS
 from torch import nn
 
 from mmseg_inceptionnext.device import multiplies_bfloat16

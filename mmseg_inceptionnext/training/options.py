@@ -11,7 +11,8 @@ class TrainOptions:
 
     Attributes:
         weights: Checkpoint of the backbone instead of the config's, see
-            :func:`~mmseg_inceptionnext.models.weights.load_pretrained`; 'none' trains from scratch.
+            :func:`~mmseg_inceptionnext.models.weights.load_pretrained`; 'none' trains from scratch. For a classifier,
+            backbone and head, see :func:`~mmseg_inceptionnext.models.weights.load_classifier`.
         resume: Path of the checkpoint to resume from, or True for the newest undamaged one in the work dir. Where there
             is none yet, the run starts from the beginning, so that a job script can always ask to resume.
         overwrite: Replace the checkpoints of another run in the work dir; by default they are an error.

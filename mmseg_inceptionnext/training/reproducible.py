@@ -16,7 +16,7 @@ from mmcv.transforms import BaseTransform
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
-from mmseg.registry import DATA_SAMPLERS, HOOKS, TRANSFORMS
+from mmengine.registry import DATA_SAMPLERS, HOOKS, TRANSFORMS
 
 
 class SampleDraw(int):
@@ -72,8 +72,9 @@ class SeedAugmentation(BaseTransform):
 
 @HOOKS.register_module()
 class SeedIterationHook(Hook):
-    """Seeds torch before each training iteration: dropout and stochastic depth, on every device."""
+    """Seeds torch and numpy before each training iteration: dropout and stochastic depth on every device, mixup."""
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         sequence = np.random.SeedSequence((runner.seed, get_rank(), runner.iter))
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+        np.random.seed(sequence.generate_state(4))

@@ -19,9 +19,9 @@ from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook, LoggerHook
 from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS, LOOPS, RUNNERS
 from mmengine.runner import BaseLoop, FlexibleRunner, Runner, ValLoop
 from mmengine.visualization import Visualizer
-from mmseg.registry import HOOKS, LOOPS, RUNNERS
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -134,7 +134,8 @@ class FaultTolerantMixin:
             self.model = self.build_model(self.model)
         if self._load_from or self.cfg.get('finetune'):
             # All weights come from the checkpoint: pretrained ones need not be fetched only to be overwritten.
-            (self.model.module if is_model_wrapper(self.model) else self.model).backbone.init_cfg = None
+            model = self.model.module if is_model_wrapper(self.model) else self.model
+            model.init_cfg = model.backbone.init_cfg = None
         try:
             with self.stop_signal, self.noticing_dead_ranks(), self.closing_progress():
                 try:

@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable, Sequence
 
 from mmengine.config import Config
+from mmengine.registry import DATASETS, init_default_scope
 
-from mmseg_inceptionnext.config_files import SCHEDULE_KEYS, dotted_keys, own_settings, read_config
+from mmseg_inceptionnext.config_files import SCHEDULE_KEYS, dotted_keys, is_classifier, own_settings, read_config
 from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.data.check import list_samples, open_dataset
 from mmseg_inceptionnext.data.pipeline import leaf_datasets
@@ -33,13 +34,21 @@ def set_iterations(cfg: Config, options: TrainOptions) -> None:
     if options.iters:
         stretch_schedule(cfg, options.iters, kept)
     else:
-        leaves = leaf_datasets(cfg.train_dataloader.dataset)
-        images, batch = sum(len(list_samples(open_dataset(leaf))) for leaf in leaves), effective_batch(cfg).images
+        images, batch = count_images(cfg), effective_batch(cfg).images
         iterations = math.ceil(epochs * images / batch)
         if not options.epochs:
             iterations = min(max(iterations, _FEWEST_ITERATIONS), cfg.train_cfg.max_iters)
         stretch_schedule(cfg, iterations, kept)
         say(f'{iterations} iterations of {batch} images: {iterations * batch / images:.0f} epochs')
+
+
+def count_images(cfg: Config) -> int:
+    """Count the training images of a config."""
+    leaves = leaf_datasets(cfg.train_dataloader.dataset)
+    if is_classifier(cfg):
+        init_default_scope(cfg.default_scope)
+        return sum(len(DATASETS.build(dict(leaf, pipeline=[]))) for leaf in leaves)
+    return sum(len(list_samples(open_dataset(leaf))) for leaf in leaves)
 
 
 def stretch_schedule(cfg: Config, iterations: int, kept: Sequence[str] = ()) -> None:

@@ -14,7 +14,7 @@ from mmengine.device import get_device
 from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
-from mmseg_inceptionnext.config_files import require
+from mmseg_inceptionnext.config_files import is_classifier, pretrained_source, require
 from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.data.check import check_data, open_dataset
 from mmseg_inceptionnext.data.class_weights import read_counts, use_class_weights
@@ -102,6 +102,8 @@ def check(cfg: Config, options: TrainOptions) -> None:
             raise UserError(f'{name}={value} must be a positive whole number')
     if options.epochs and options.iters:
         raise UserError(f'epochs={options.epochs} and iters={options.iters} both say how long to train: drop one')
+    if is_classifier(cfg):
+        _check_for_classifier(options)
     check_agreement(cfg)
     check_backends(cfg.get('visualizer'))
     check_data(cfg, 'train', 'val')
@@ -111,6 +113,18 @@ def check(cfg: Config, options: TrainOptions) -> None:
         check_fsdp(cfg)
     if options.auto_batch:
         split_recipe_batch(cfg)
+
+
+def _check_for_classifier(options: TrainOptions) -> None:
+    if options.finetune:
+        raise UserError(
+            f'finetune={options.finetune!r} is for segmentors: a classifier starts from another, whatever its classes, '
+            f'with weights={options.finetune!r}'
+        )
+    if options.class_weights:
+        raise UserError(f'class_weights={options.class_weights!r} is for segmentors: drop it')
+    if options.strategy == 'fsdp':
+        raise UserError("strategy='fsdp' is for segmentors: the largest classifier has 87 M parameters, drop it")
 
 
 def _occupied(cfg: Config, options: TrainOptions) -> str:
@@ -145,7 +159,8 @@ def apply(cfg: Config, options: TrainOptions) -> ResumePoint | None:
     use_one_ignore_index(cfg)
     if options.weights is not None:
         pretrained = dict(type='Pretrained', checkpoint=options.weights)
-        cfg.model.backbone.init_cfg = None if options.weights == 'none' else pretrained
+        part = cfg.model if is_classifier(cfg) else cfg.model.backbone
+        part.init_cfg = None if options.weights == 'none' else pretrained
     if options.amp:
         cfg.optim_wrapper.update(amp_optim_wrapper())
     if options.seed is not None:
@@ -248,7 +263,7 @@ def make_runner(cfg: Config, point: ResumePoint | None) -> FaultTolerantMixin:
     if point is None:
         if is_main_process():
             runner.skipped_images.unlink(missing_ok=True)  # left by an earlier run
-            sources = (source, cfg.get('finetune'), (cfg.model.backbone.get('init_cfg') or {}).get('checkpoint'))
+            sources = (source, cfg.get('finetune'), pretrained_source(cfg.model))
             needed = {os.path.realpath(path) for path in sources if path}
             for path in (*_checkpoints(runner.work_dir), Path(runner.work_dir, 'last_checkpoint')):
                 if os.path.realpath(path) not in needed:

@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 CONFIGS = sorted(p for p in (ROOT / 'configs').rglob('*.py') if '_base_' not in p.parts)
 BASELINES = [p for p in CONFIGS if 'baselines' in p.parts]
-OURS = [p for p in CONFIGS if p not in BASELINES]
+IMAGENET = [p for p in CONFIGS if p.parent.name == 'imagenet']  # see tests/models/test_classifier.py
+OURS = [p for p in CONFIGS if p not in (*BASELINES, *IMAGENET)]
 PAPER = [p for p in OURS if p.parent.name in ('upernet', 'fpn')]
 ARCHS = {'a': 'atto', 't': 'tiny', 's': 'small', 'b': 'base'}
 
@@ -32,6 +33,7 @@ def test_none_is_forgotten():
     assert len(PAPER) == 8
     assert len(OURS) == 12
     assert len(BASELINES) == 17
+    assert len(IMAGENET) == 5
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=name)
@@ -72,7 +74,9 @@ def test_every_norm_is_synchronised(path):
 
 @pytest.mark.parametrize('path', CONFIGS, ids=name)
 def test_names_the_package_so_that_other_tools_can_run_it(path):
-    assert Config.fromfile(path).custom_imports == dict(imports=['mmseg_inceptionnext'], allow_failed_imports=False)
+    classifier = ['mmseg_inceptionnext.models.classifier'] if path in IMAGENET else []
+    expected = dict(imports=['mmseg_inceptionnext', *classifier], allow_failed_imports=False)
+    assert Config.fromfile(path).custom_imports == expected
 
 
 @pytest.mark.parametrize('path', BASELINES, ids=name)

@@ -15,6 +15,7 @@ from mmseg_inceptionnext.data.data_file import read_data_file
 from mmseg_inceptionnext.data.mask_dataset import MaskDataset
 from mmseg_inceptionnext.evaluation import evaluate
 from mmseg_inceptionnext.export import export
+from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.training.options import TrainOptions
 from mmseg_inceptionnext.training.train import run_result, train
 
@@ -183,7 +184,7 @@ def test_written_label_maps_score_the_reported_miou(tmp_path, name):
     ]
     assert pairs and scored(pairs, form) == pytest.approx(figures['mIoU'], abs=0.006)
 
-    segmentor = Segmentor(end['config'], end['checkpoint'])
+    segmentor = Segmentor(end['config'], end['checkpoint'], precision='fp32')
     assert np.array_equal(np.asarray(segmentor(samples[0]['img_path']).label_image()), pairs[0][1])
     if name in ('four channels', 'one channel', 'colours', '16 bits'):
         export(end['config'], end['checkpoint'], tmp_path / 'm.onnx', shape=(64, 64), dynamic=True, verify=1)
@@ -342,6 +343,14 @@ def test_what_the_user_sets_wins(tmp_path):
     assert cfg.train_cfg.max_iters == 1234 and 'epochs' not in cfg
     assert cfg.model.decode_head.in_channels == [40, 80, 160, 320] and cfg.model.auxiliary_head.in_channels == 160
     assert cfg.model.auxiliary_head.num_classes == 3
+
+
+def test_another_arch_of_the_family_keeps_neck_and_head_fitting(tmp_path):
+    content = write(tmp_path / 'data', FORMS['merged'])
+    options = {'model.backbone.type': 'MetaNeXt', 'model.backbone.arch': 'convnext_iso_small'}
+    cfg = load_config('upernet/inceptionnext_t', tmp_path / 'w', data=content, cfg_options=options)
+    assert cfg.model.decode_head.in_channels == [384] * 4
+    assert build_segmentor(cfg).backbone.out_indices == (3, 8, 12, 17)
 
 
 def test_a_cascade_gets_the_classes_in_every_head(tmp_path):

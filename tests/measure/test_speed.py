@@ -152,3 +152,17 @@ def test_one_setting_for_each_config():
     settings = [Setting(shape=(64, 64), repeat=1), Setting(shape=(64, 64), repeat=1, fast=True)]
     rows, failures = measure_speed([str(TINY_CONFIG)] * 2, settings)
     assert failures == {} and [row.fast for row in rows] == [False, True]
+
+
+def test_imagenet_models_are_timed_beside_the_papers_throughput(tmp_path):
+    models = ['inceptionnext_atto', 'test_convnext']
+    rows, failures = measure_speed(models, Setting('backbone', batch_size=2, layout='nchw', repeat=1))
+    assert failures == {} and all(row.fps > 0 and row.fps_forward_backward > 0 for row in rows)
+    first, second = speed_table(rows).splitlines()[2:]
+    assert [cell.strip() for cell in first.split('|')[-5:-1]] == ['9876', '1.00', '2661', '1.00']
+    assert [cell.strip() for cell in second.split('|')[-5:-1]] == ['–'] * 4
+    assert '9876' not in speed_table([dataclasses.replace(row, shape=(32, 32)) for row in rows])
+    plot_tradeoff(rows, tmp_path / 'plot.png')
+    assert (tmp_path / 'plot.png').stat().st_size > 10000
+    with pytest.raises(UserError, match="inceptionnext_atto is an ImageNet classifier: time it by task='backbone'"):
+        measure_speed(models, Setting())

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import mmseg
 import pytest
-from support import TINY_CONFIG
+from support import ROOT, TINY_CONFIG
+from textures import make_textures
 
 TOOLS = Path(mmseg.__file__).parent / '.mim' / 'tools'
 
@@ -18,8 +19,8 @@ TOOLS = Path(mmseg.__file__).parent / '.mim' / 'tools'
 def mmseg_tool(tmp_path):
     """Run one from another folder; returns what it printed."""
 
-    def run(name: str, *arguments) -> str:
-        command = [sys.executable, TOOLS / name, *map(str, arguments)]
+    def run(name: str, *arguments, tools: Path = TOOLS) -> str:
+        command = [sys.executable, tools / name, *map(str, arguments)]
         environment = os.environ | {'OMP_NUM_THREADS': '1'}
         process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert process.returncode == 0, process.stderr[-3000:]
@@ -50,6 +51,23 @@ def test_train_and_test(mmseg_tool, tool_here, config, tmp_path):
         theirs = float(re.findall(r'mIoU: ([\d.]+)', text)[-1])
         assert tool_here('test', config, checkpoint, '--work-dir', 'ours', '--json', 'f.json', *tta).returncode == 0
         assert theirs == json.loads((tmp_path / 'f.json').read_text())['mIoU']
+
+
+@pytest.mark.slow
+def test_mmpretrains_tools_train_and_test_a_classifier(mmseg_tool, tool_here, tmp_path):
+    tools = Path(pytest.importorskip('mmpretrain').__file__).parent / '.mim' / 'tools'
+    root, config = make_textures(tmp_path / 'data', train=2, val=4), tmp_path / 'own.py'
+    loaders = (
+        f"{split}_dataloader = dict(persistent_workers=False, dataset=dict(data_root='{root}'))\n"
+        for split in ('train', 'val', 'test')
+    )
+    config.write_text(f"_base_ = '{ROOT / 'tests' / 'configs' / 'imagenet_tiny.py'}'\n{''.join(loaders)}")
+    mmseg_tool('train.py', config, '--work-dir', 'work', tools=tools)
+    checkpoint = tmp_path / 'work' / 'iter_4.pth'
+    text = mmseg_tool('test.py', config, checkpoint, '--work-dir', 'test', tools=tools)
+    assert tool_here('test', config, checkpoint, '--work-dir', 'ours', '--json', 'f.json').returncode == 0
+    theirs = float(re.findall(r'accuracy/top1: ([\d.]+)', text)[-1])
+    assert theirs == json.loads((tmp_path / 'f.json').read_text())['accuracy/top1']
 
 
 def test_pictures_of_predictions(mmseg_tool, config, trained, tmp_path):

@@ -10,7 +10,7 @@ model = dict(
         pad_val=0,
         seg_pad_val=255,
     ),
-    backbone=dict(type='InceptionNeXt', arch='tiny', norm_cfg=norm_cfg),
+    backbone=dict(type='InceptionNeXt', arch='tiny'),  # whose norms are SyncBN
     neck=dict(type='FPN', in_channels=[96, 192, 384, 768], out_channels=256, num_outs=4),
     decode_head=dict(
         type='FPNHead',

@@ -11,7 +11,7 @@ from pathlib import Path
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
-from mmseg.registry import HOOKS
+from mmengine.registry import HOOKS
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.distributed import any_rank

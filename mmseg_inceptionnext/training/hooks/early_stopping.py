@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mmengine.hooks import EarlyStoppingHook
-from mmseg.registry import HOOKS
+from mmengine.registry import HOOKS
 
 
 @HOOKS.register_module()

@@ -9,7 +9,7 @@ from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper
-from mmseg.registry import HOOKS
+from mmengine.registry import HOOKS
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 

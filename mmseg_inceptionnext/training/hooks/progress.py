@@ -16,6 +16,7 @@ from mmengine.model import is_model_wrapper
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from mmseg_inceptionnext.config_files import pretrained_source
 from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.device import device_name
 from mmseg_inceptionnext.models.build import heads_of
@@ -142,9 +143,9 @@ def run_lines(runner) -> Iterator[str]:
     yield f'data: {len(train)} training images{validation}, {len(train.metainfo["classes"])} classes'
 
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    parts = [model.backbone, *([model.neck] if hasattr(model, 'neck') else []), *heads_of(model)]
+    parts = [part for part in (model.backbone, getattr(model, 'neck', None), *heads_of(model)) if part is not None]
     names = ' + '.join(type(part).__name__ for part in parts)
-    start = (cfg.model.backbone.get('init_cfg') or {}).get('checkpoint')
+    start = pretrained_source(cfg.model)
     source = runner.resumed_from or cfg.get('load_from') or cfg.get('finetune') or start
     parameters = sum(parameter.numel() for parameter in model.parameters())
     weights = f'from {source}' if source else 'from random weights, no pretrained ones'
