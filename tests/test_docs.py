@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -317,6 +318,8 @@ def test_checkpoints_have_the_number_of_the_last_iteration():
         for config, checkpoint in zip(words, words[1:], strict=False):
             if match := re.fullmatch(r'(?:work_dirs/(.*)/)?iter_(\d+)\.pth', checkpoint):
                 config = match[1] if config == '--weights' else config
+                if 'imagenet' in config and find_spec('mmpretrain') is None:
+                    continue  # make test-upstream is without it
                 cfg = Config.fromfile(find_config(ROOT / config if config.endswith('.py') else config))
                 assert cfg.train_cfg.max_iters == int(match[2]), command
                 assert match[1] in (None, config.removeprefix('configs/').removesuffix('.py')), command
