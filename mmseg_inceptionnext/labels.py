@@ -87,7 +87,7 @@ def classes_of_checkpoint(checkpoint: dict, path: str | Path) -> Classes:
         UserError: The checkpoint does not say what its classes are.
     """
     try:
-        return classes_of_meta(_dataset_meta(checkpoint))
+        return classes_of_meta(dataset_meta(checkpoint))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f'{path} does not say what its classes are: {_HELP}') from error
 
@@ -132,7 +132,7 @@ def check_same_classes(checkpoint: dict, path: str | Path, names: Sequence[str])
     Raises:
         UserError: They are the same in another order, so that every class would be taken for another.
     """
-    theirs = [str(name).strip() for name in _dataset_meta(checkpoint).get('classes') or ()]
+    theirs = [str(name).strip() for name in dataset_meta(checkpoint).get('classes') or ()]
     ours = [name.strip() for name in names]
     if len(theirs) != len(ours) or theirs == ours:
         return
@@ -161,13 +161,13 @@ def codes_of_meta(meta: Mapping, num_classes: int) -> tuple[Code, ...]:
 def codes_of_checkpoint(checkpoint: dict, num_classes: int) -> tuple[Code, ...]:
     """Return the codes of a checkpoint's data set, see :func:`codes_of_meta`; none if it does not have that many."""
     try:
-        codes = codes_of_meta(_dataset_meta(checkpoint), num_classes)
+        codes = codes_of_meta(dataset_meta(checkpoint), num_classes)
     except (TypeError, ValueError, OverflowError):
         return ()
     return codes if len(codes) == num_classes else ()
 
 
-def _dataset_meta(checkpoint: dict) -> dict:
+def dataset_meta(checkpoint: dict) -> dict:
     """Return what a checkpoint says about its data set; of mmseg 0.x that is names and colours."""
     meta = checkpoint.get('meta')
     if not isinstance(meta, dict):

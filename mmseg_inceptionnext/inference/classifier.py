@@ -19,6 +19,7 @@ from mmseg_inceptionnext.device import find_device
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.images import read_image, swap_rgb
 from mmseg_inceptionnext.inference.cam import class_activation_map
+from mmseg_inceptionnext.labels import dataset_meta
 from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.models.weights import load_classifier
 
@@ -33,7 +34,7 @@ class Classifier:
 
     Attributes:
         names: Names of the classes, as their folders are called. Of 1000 classes that the checkpoint does not name,
-            those of ImageNet, such as 'n02123045'.
+            those of ImageNet, such as 'n02123045'; else numbers.
 
     Raises:
         UserError: The config or the checkpoint cannot be read, they do not fit, or there is no such device.
@@ -45,9 +46,10 @@ class Classifier:
         self.device = find_device(device)
         self.model = build_segmentor(cfg).eval().requires_grad_(False).to(self.device)
         content = load_classifier(self.model, str(checkpoint))
-        names = ((content.get('meta') or {}).get('dataset_meta') or {}).get('classes')
-        number = cfg.model.head.num_classes
-        self.names = list(names or (ImageNetInfo().label_names() if number == 1000 else map(str, range(number))))
+        names, number = dataset_meta(content).get('classes'), cfg.model.head.num_classes
+        if not isinstance(names, (list, tuple)) or len(names) != number:
+            names = ImageNetInfo().label_names() if number == 1000 else range(number)
+        self.names = list(map(str, names))
         steps = cfg.test_dataloader.dataset.pipeline
         self._edge = next((step.scale for step in steps if step.type == 'ResizeEdge'), None)
         self._pipeline = Compose([step for step in steps if step.type not in IMAGE_LOADERS])

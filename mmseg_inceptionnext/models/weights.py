@@ -92,12 +92,14 @@ def load_classifier(model: nn.Module, source: str, finetune: bool = False) -> di
     loaded = {}
     for key, value in backbone_and_head_state_dict(content, path).items():
         loaded[key if key.startswith(('backbone.', 'head.')) else f'backbone.{key}'] = value
-    there, here = loaded.get('head.fc2.weight'), expected['head.fc2.weight']
+    # 0 for what is no matrix, or for a head of another kind.
+    there, here = (part['head.fc2.weight'].shape[0] if getattr(part.get('head.fc2.weight'), 'ndim', 0) == 2 else 0
+                   for part in (loaded, expected))  # fmt: skip
     left_out = ''
-    if there is not None and len(there) != len(here):
+    if there and here and there != here:
         if not finetune:
-            raise UserError(f'{path} has {len(there)} classes, the config {len(here)}: set model.head.num_classes')
-        left_out = f'; left out: its classifier of {len(there)} classes, as there are {len(here)} here'
+            raise UserError(f'{path} has {there} classes, the config {here}: set model.head.num_classes')
+        left_out = f'; left out: its classifier of {there} classes, as there are {here} here'
         loaded |= {key: value for key, value in expected.items() if key.startswith('head.fc2.')}
     if problems := _differences(expected, loaded):
         backbone = {key.removeprefix('backbone.'): value for key, value in loaded.items()}

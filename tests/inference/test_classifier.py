@@ -75,6 +75,13 @@ def test_classes_of_imagenet_are_named_in_english_too(picture, tmp_path):
         classifier.cam(picture, 'taby')
 
 
+@pytest.mark.parametrize('meta', [None, [], dict(dataset_meta=3), dict(dataset_meta=dict(classes='abc'))], ids=str)
+def test_a_checkpoint_can_say_anything_about_its_classes(meta, checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=False)
+    torch.save(content | dict(meta=meta), tmp_path / 'x.pth')
+    assert Classifier(TINY, tmp_path / 'x.pth', 'cpu').names == [str(i) for i in range(10)]
+
+
 @pytest.mark.parametrize(
     ('options', 'part'),
     [

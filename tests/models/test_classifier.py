@@ -142,8 +142,9 @@ def _atto_without(key):
         (lambda: _atto_without('head.norm.weight'), 'head.norm.weight'),
         (lambda: _atto_without('stem.1.bias'), 'backbone.stem.1.bias'),
         (lambda: dict(state_dict={}), 'holds no tensors'),
+        (lambda: _atto_without('') | {'head.fc2.weight': torch.tensor(1.0)}, 'head.fc2.weight is'),
     ],
-    ids=['other arch', 'other network', 'no norm', 'no stem', 'empty'],
+    ids=['other arch', 'other network', 'no norm', 'no stem', 'empty', 'a scalar'],
 )  # fmt: skip
 def test_weights_load_all_or_not_at_all(make, parts, tmp_path):
     torch.save(make(), tmp_path / 'x.pth')
