@@ -159,7 +159,7 @@ def apply(cfg: Config, options: TrainOptions) -> ResumePoint | None:
     use_one_ignore_index(cfg)
     if options.weights is not None:
         pretrained = dict(type='Pretrained', checkpoint=options.weights)
-        part = cfg.model if is_classifier(cfg) else cfg.model.backbone
+        part = cfg.model if cfg.model.type == 'ImageNetClassifier' else cfg.model.backbone  # which check what they load
         part.init_cfg = None if options.weights == 'none' else pretrained
     if options.amp:
         cfg.optim_wrapper.update(amp_optim_wrapper())

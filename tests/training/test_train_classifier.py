@@ -114,6 +114,22 @@ def test_timms_weights_are_tested(textures, tool_here, tmp_path):
     assert process.stdout.splitlines()[-1].startswith('accuracy/top1 ')
 
 
+def test_the_backbone_of_another_classifier_is_loaded_whole_or_not_at_all(textures, tool_here, tmp_path):
+    config, weights = tmp_path / 'own.py', tmp_path / 'timm.pth'
+    config.write_text(
+        f"_base_ = '{TINY}'\nmodel = dict(_delete_=True, type='ImageClassifier',\n"
+        "    data_preprocessor=dict(mean=[0, 0, 0], std=[255, 255, 255]), neck=dict(type='GlobalAveragePooling'),\n"
+        "    backbone=dict(type='InceptionNeXt', arch='atto', out_indices=(-1,), out_norm=False),\n"
+        "    head=dict(type='LinearClsHead', num_classes=10, in_channels=320))\n"
+    )
+    arguments = ['train', config, '--data-root', textures, '--work-dir', tmp_path / 'work', '--weights', weights]
+    torch.save(timm.create_model('inception_next_tiny').state_dict(), weights)
+    assert_user_error(tool_here(*arguments), 'does not fit the backbone (this is inception_next_tiny)')
+    torch.save(timm.create_model('inception_next_atto').state_dict(), weights)
+    process = tool_here(*arguments, '--dry-run')
+    assert process.returncode == 0 and 'tensors into the backbone' in process.stdout, process.stderr[-2000:]
+
+
 def test_a_dry_run_says_what_a_run_costs(textures, tool_here, tmp_path):
     process = tool_here(
         'train', TINY, '--data-root', textures, '--work-dir', tmp_path / 'work', '--auto-batch', '--dry-run'
