@@ -30,7 +30,6 @@ PRECISIONS = ('auto', 'fp32', 'tf32', 'bf16', 'fp16')
 LAYOUTS = ('nchw', 'channels_last', 'best')
 
 _WARM_UP, _IMAGES = 5, 195  # as in mmseg's benchmark
-_ROUND_SECONDS = 0.5  # a round repeats its step until it lasts about that long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Setting:
         fast: Measure what ``optimize_for_inference`` returns, in the layout that it chooses; for the backbone, the
             forward pass alone.
         data: Data file of a data set of one's own, to which every config is fitted.
+        round_seconds: A round repeats its step until it lasts about that long.
     """
 
     task: str = 'fps'
@@ -65,6 +65,7 @@ class Setting:
     layout: str | None = None
     fast: bool = False
     data: str | None = None
+    round_seconds: float = 0.5
 
 
 class TimedModel:
@@ -146,7 +147,7 @@ class TimedModel:
                 step()
             self.repetitions[name] = 1
             seconds = self.batch_size / self._images_per_second(name)
-            self.repetitions[name] = max(1, round(_ROUND_SECONDS / seconds))
+            self.repetitions[name] = max(1, round(self.setting.round_seconds / seconds))
             if self.setting.data_root is not None:
                 self.repetitions[name] = max(1, _IMAGES // self.setting.repeat)
 
