@@ -24,19 +24,27 @@ from pathlib import Path
 import mmseg
 import timm
 import torch
+import torch.nn.functional as F
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
+from torch import nn
 
 from mmseg_inceptionnext.command_line import markdown_table, run
 from mmseg_inceptionnext.config import read_config, user_error_message
 from mmseg_inceptionnext.device import device_name, multiplies_bfloat16, use_device
 from mmseg_inceptionnext.errors import UserError, first_sentence
 from mmseg_inceptionnext.files import make_folder, write_text
+from mmseg_inceptionnext.inference import optimize_for_inference
+from mmseg_inceptionnext.inference.label_map_segmentor import LabelMapSegmentor
 from mmseg_inceptionnext.measure.speed import interleave
 from mmseg_inceptionnext.measure.timed_model import Setting, TimedModel
+from mmseg_inceptionnext.models.build import build_segmentor
+from mmseg_inceptionnext.models.inceptionnext import InceptionDWConv2d
+from mmseg_inceptionnext.models.kernels import use_kernels
 
 ROOT = Path(__file__).parents[1]
 PRECISIONS = ('bf16', 'tf32', 'fp16', 'fp32')  # in the order of interest
+LAYOUTS = ('nchw', 'channels_last')
 ARCHS = {'t': 'tiny', 's': 'small', 'b': 'base', 'a': 'atto'}
 REFERENCE = 'InceptionNeXt of timm in mmseg'
 TESTS_SHARE = 0.4  # of the time, at most
@@ -79,8 +87,17 @@ def rows(folder: Path, quick: bool) -> list[Row]:
                         found.append((f'backbone {size.upper()}', 'Table 4', precision, compiled,
                                       contestants(configs, each)))  # fmt: skip
 
+    for part, of_part in (('token mixer', ('bf16', 'fp16', 'fp32')), ('label map', ('fp32',))):
+        for precision in of_part[-1:] if quick else of_part:
+            setting = Setting(repeat=5, precision=precision, round_seconds=0.1, shape=(16, 16) if quick else (128, 128))
+            kinds = [(name, f'{part}: {name}', replace(setting, layout=layout))
+                     for name in (REFERENCE, 'ours', 'ours, kernels') for layout in LAYOUTS]  # fmt: skip
+            found.append((part, 'times/s', precision, False, kinds))
+
     def rank(row: tuple) -> float:
         network, _, precision, compiled, _ = row
+        if 'times/s' in row:
+            return 0.2
         size = list(ARCHS).index(network[-1].lower())
         return 2 * size + 0.5 * PRECISIONS.index(precision) + 2 * compiled + ('FPN' in network)
 
@@ -88,17 +105,23 @@ def rows(folder: Path, quick: bool) -> list[Row]:
 
 
 def contestants(configs: dict[str, str], setting: Setting) -> list[tuple[str, str, Setting]]:
-    """Return every config in both layouts, and ours through optimize_for_inference, which chooses its layout.
+    """Return every config in both layouts, ours with kernels as well, or through optimize_for_inference.
 
     A compiler, which takes half a minute for each, is given channels_last alone.
     """
     found = [
         (name, config, replace(setting, layout=layout))
-        for layout in (('channels_last',) if setting.compile else ('nchw', 'channels_last'))
+        for layout in (LAYOUTS[1:] if setting.compile else LAYOUTS)
         for name, config in configs.items()
     ]
-    if setting.task != 'train':
-        found.append(('ours, optimised', configs['ours'], replace(setting, fast=True)))
+    ours = configs['ours']
+    if setting.task != 'train':  # these choose their layout
+        found.append(('ours, optimised', ours, replace(setting, fast=True)))
+    if setting.task != 'train' and not setting.compile:
+        found.append(('ours, optimised, kernels', ours, replace(setting, fast=True, kernels=True)))
+    if setting.task != 'fps' and not setting.compile:
+        of_training = [replace(setting, layout=layout, kernels=True) for layout in LAYOUTS]
+        found += [('ours, kernels', ours, each) for each in of_training]
     return found
 
 
@@ -124,6 +147,54 @@ def write_configs(folder: Path, head: str, size: str) -> dict[str, str]:
     return configs | {'ours': str(ours)}
 
 
+class TimedPart:
+    """A part of a model, timed as :class:`TimedModel` times a whole one; its first contestant is not timm's.
+
+    The token mixer of T's first stage (8×96×128×128) is held against a copy of its input, which reads and writes as
+    many bytes; the label map of 150 classes, from 128×128 to 512×512, against interpolation and argmax.
+    """
+
+    batch_size = 1
+
+    def __init__(self, name: str, setting: Setting):
+        self.setting, self.layout = setting, setting.layout
+        part, _, contestant = name.partition(': ')
+        self._step = (self._mixer if part == 'token mixer' else self._labels)(contestant)
+        self._number = 1
+        self.run_round()
+        self._number = max(1, round(setting.round_seconds * self.run_round()['fps']))
+
+    def run_round(self) -> dict[str, float]:
+        synchronise = torch.cuda.synchronize if get_device() == 'cuda' else lambda: None
+        with torch.inference_mode():
+            synchronise()
+            start = time.perf_counter()
+            for _ in range(self._number):
+                self._step()
+            synchronise()
+        return dict(fps=self._number / (time.perf_counter() - start))
+
+    def _mixer(self, contestant: str) -> Callable:
+        dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[self.setting.precision]
+        layout = torch.channels_last if self.layout == 'channels_last' else torch.contiguous_format
+        mixer = nn.Sequential(InceptionDWConv2d(96, 3, 11, 0.125)).to(get_device(), dtype, memory_format=layout)
+        x = torch.randn(8, 96, *self.setting.shape, device=get_device()).to(dtype, memory_format=layout)
+        if 'kernels' in contestant:
+            use_kernels(mixer)
+        return x.clone if contestant == REFERENCE else lambda: mixer(x)
+
+    def _labels(self, contestant: str) -> Callable:
+        logits = torch.randn(150, *self.setting.shape, device=get_device())
+        size = tuple(4 * side for side in self.setting.shape)
+        model = LabelMapSegmentor
+        if contestant == REFERENCE:
+            return lambda: F.interpolate(logits[None], size, mode='bilinear').argmax(1)
+        if 'kernels' in contestant:
+            model = build_segmentor(read_config('fpn/inceptionnext_a')).to(get_device())
+            model = optimize_for_inference(model, kernels=True)
+        return lambda: model.label_map(logits, size, dict(ori_shape=size), False)
+
+
 def unsupported(precision: str) -> str:
     """Return why this device does not compute in a precision; '' if it does."""
     device = get_device()
@@ -136,6 +207,11 @@ def unsupported(precision: str) -> str:
     return ''
 
 
+def timed(config: str, setting: Setting) -> TimedModel | TimedPart:
+    """Set up a contestant."""
+    return TimedPart(config, setting) if ': ' in config else TimedModel(config, setting, None)
+
+
 def measure(row: Row) -> list[dict]:
     """Measure the contestants of a row in turn; return what was found for each.
 
@@ -146,7 +222,7 @@ def measure(row: Row) -> list[dict]:
     for name, config, setting in row.contestants:
         cells.append(dict(name=name, layout=setting.layout or 'own'))
         model, before = None, reset_peak()
-        cells[-1]['reason'], _ = attempt(lambda c=config, s=setting: models.append(TimedModel(c, s, None)))
+        cells[-1]['reason'], _ = attempt(lambda c=config, s=setting: models.append(timed(c, s)))
         if not cells[-1]['reason']:
             model = models[-1]
             cells[-1].update(layout=model.layout, batch_size=model.batch_size, peak_memory_mb=peak_above(before))
@@ -292,7 +368,7 @@ def lines(row: dict) -> Iterator[list[str]]:
 
 COLUMNS = [
     (REFERENCE, 'InceptionNeXt, mmseg + timm'), ('ConvNeXt', 'ConvNeXt, mmseg + timm'), ('Swin', 'Swin, mmseg'),
-    ('ours', 'ours'), ('ours, optimised', 'ours, optimised'),
+    *((name, name) for name in ('ours', 'ours, kernels', 'ours, optimised', 'ours, optimised, kernels')),
 ]  # fmt: skip
 
 
@@ -324,8 +400,9 @@ def report(result: dict) -> str:
     parts = [
         f'# {result["machine"]["device"]}\n', f'{facts}\n', f'Tests: {result["tests"]["summary"]}\n',
         *(f'- {line}' for line in (*result['tests']['failed'], *result['tests'].get('skipped', []))),
-        'Images/s, the layout, the ratio to the first column (median, and spread over the rounds) and peak memory; '
-        'each contestant in its faster layout.\n',
+        '\nImages/s, the layout, the ratio to the first column (median, and spread over the rounds) and peak memory; '
+        'each contestant in its faster layout. Parts have times/s; a token mixer has a copy of its input in the first '
+        'column, a label map interpolation and argmax.\n',
         markdown_table(['', *(title for _, title in COLUMNS)],
                        [line for row in result['rows'] for line in lines(row)]),
     ]  # fmt: skip

@@ -35,11 +35,17 @@ def test_from_end_to_end(run_here, tmp_path):
     rows = {row['title']: row for row in result['rows']}
     assert rows['FPN A, predict, tf32'] == dict(title='FPN A, predict, tf32', reason='no TF32')
     cells = rows['backbone A, Table 4, fp32']['cells']
-    assert [cell['reason'] for cell in cells] == [''] * 7
+    reasons = [cell['reason'] for cell in cells if 'kernels' not in cell['name']]
+    assert reasons == [''] * 7
+    assert {cell['reason'][:24] for cell in cells if 'kernels' in cell['name']} == {'kernels=True is for GPUs'}
     assert {'fps', 'fps_forward_backward'} == set(cells[0]['images_per_second'])
     assert all(len(figure) == 5 and min(figure) > 0 for figure in cells[0]['images_per_second'].values())
     table = (tmp_path / 'out' / 'gpu.md').read_text()
-    assert table.count('\n| FPN A') == 4 and table.count('1.00 (1.00 – 1.00)') == 4
+    assert (
+        table.count('\n| FPN A') == 4
+        and table.count('1.00 (1.00 – 1.00)') == 6
+        and '| token mixer, times/s, fp32 |' in table
+    )
 
 
 def test_what_does_not_fit_into_the_time_is_left_out_and_named(run_here, tmp_path):
