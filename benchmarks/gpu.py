@@ -307,6 +307,7 @@ def _serve(connection, device: str | None) -> None:
     warnings.simplefilter('ignore')
     MMLogger.get_instance('benchmark', log_level='ERROR')
     use_device(device)
+    torch.backends.cudnn.benchmark = True  # as the recipes' env_cfg
     while True:
         try:
             row = connection.recv()

@@ -9,6 +9,7 @@ import torch
 from support import ROOT, TINY_UPERNET, segmentor_with_statistics
 
 from mmseg_inceptionnext import UserError, optimize_for_inference
+from mmseg_inceptionnext.evaluation import evaluate
 from mmseg_inceptionnext.models import kernels
 from mmseg_inceptionnext.models.kernels import use_kernels
 from mmseg_inceptionnext.training.options import TrainOptions
@@ -88,6 +89,11 @@ def test_a_run_whose_config_asks_for_them_ends_before_it_starts(tiny_cfg):
     tiny_cfg.custom_hooks = [*tiny_cfg.get('custom_hooks', []), dict(type='UseKernelsHook')]
     with pytest.raises(UserError, match='kernels=True is for GPUs, but the model is on cpu'):
         train(tiny_cfg, TrainOptions(weights='none', seed=0))
+
+
+def test_a_checkpoint_of_such_a_run_is_tested_on_a_cpu(tiny_cfg, trained):
+    tiny_cfg.custom_hooks = [*tiny_cfg.get('custom_hooks', []), dict(type='UseKernelsHook')]
+    assert 0 <= evaluate(tiny_cfg, trained)['mIoU'] <= 100
 
 
 class OnGpu(torch.nn.Module):

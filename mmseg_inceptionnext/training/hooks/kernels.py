@@ -9,10 +9,10 @@ from mmseg_inceptionnext.models.kernels import use_kernels
 
 @HOOKS.register_module()
 class UseKernelsHook(Hook):
-    """Calls :func:`~mmseg_inceptionnext.models.kernels.use_kernels` before a run; for a config's ``custom_hooks``.
+    """Calls :func:`~mmseg_inceptionnext.models.kernels.use_kernels` before training; for a config's ``custom_hooks``.
 
     The config is in the checkpoint: a resumed run computes in the same way.
     """
 
-    def before_run(self, runner: Runner) -> None:
+    def before_train(self, runner: Runner) -> None:
         use_kernels(runner.model)
