@@ -42,11 +42,13 @@ from mmseg_inceptionnext.inference.label_map_segmentor import LabelMapSegmentor
 from mmseg_inceptionnext.inference.segmentor import Segmentation, Segmentor
 from mmseg_inceptionnext.measure import pvt  # noqa: F401  registers PVT
 from mmseg_inceptionnext.models.inceptionnext import InceptionNeXt
+from mmseg_inceptionnext.models.kernels import use_kernels
 from mmseg_inceptionnext.models.late_upsample import late_upsample
 from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleUPerHead
 from mmseg_inceptionnext.models.metanext import MetaNeXt
 from mmseg_inceptionnext.models.token_mixers import TOKEN_MIXERS
 from mmseg_inceptionnext.training.hooks.checkpoint import SafeCheckpointHook
+from mmseg_inceptionnext.training.hooks.kernels import UseKernelsHook
 from mmseg_inceptionnext.training.hooks.non_finite_loss import StopOnNonFiniteLossHook
 from mmseg_inceptionnext.training.loops import AccumulatingTrainLoop, TolerantValLoop
 from mmseg_inceptionnext.training.mixed_precision import BFloat16OptimWrapper
@@ -85,6 +87,7 @@ __all__ = [
     'StopOnNonFiniteLossHook',
     'TOKEN_MIXERS',
     'TolerantValLoop',
+    'UseKernelsHook',
     'UserError',
     'ValidationSamplesHook',
     '__version__',
@@ -94,4 +97,5 @@ __all__ = [
     'late_upsample',
     'optimize_for_inference',
     'trusting_checkpoints',
+    'use_kernels',
 ]

@@ -23,6 +23,12 @@ from mmseg_inceptionnext.training.options import TrainOptions
 from mmseg_inceptionnext.training.train import train
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker('gpu') and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason='needs a CUDA GPU'))
+
+
 @pytest.fixture(autouse=True)
 def _quiet_and_seeded():
     """mmengine logs every parameter of a backbone that is initialised on its own."""

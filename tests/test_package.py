@@ -16,7 +16,10 @@ import mmseg_inceptionnext
 def test_importing_registers_everything():
     for registry, names in (
         (MODELS, ['InceptionNeXt', 'MetaNeXt', 'LabelMapSegmentor', 'LateUpsampleUPerHead']),
-        (HOOKS, ['OverlayHook', 'SafeCheckpointHook', 'SeedIterationHook', 'StopOnNonFiniteLossHook']),
+        (
+            HOOKS,
+            ['OverlayHook', 'SafeCheckpointHook', 'SeedIterationHook', 'StopOnNonFiniteLossHook', 'UseKernelsHook'],
+        ),
         (LOOPS, ['AccumulatingTrainLoop', 'TolerantValLoop']),
         (RUNNERS, ['SafeRunner']),
         (TRANSFORMS, ['CheckAnnotation', 'ReadImage', 'SeedAugmentation']),

@@ -112,12 +112,10 @@ class CheckAnnotation(BaseTransform):
                 raise BadSample(size_fault(stored.size, results['img_path'], results['ori_shape'][::-1]))
         if labels.ndim > 2:
             raise BadSample(f'{path} {channels_fault(labels.shape[2])}')
-        present = np.flatnonzero(np.bincount(labels.ravel()))
-        ignored = (IGNORE_INDEX, self.ignore_index)
-        wrong = [int(label) for label in present if self.num_classes <= label and label not in ignored]
-        if wrong:
+        wrong = (labels >= self.num_classes) & (labels != IGNORE_INDEX) & (labels != self.ignore_index)
+        if wrong.any():
             shift = int(results['reduce_zero_label'])
-            raise BadSample(f'{path} {label_fault(wrong[0] + shift, self.num_classes, shift)}')
+            raise BadSample(f'{path} {label_fault(int(labels[wrong].min()) + shift, self.num_classes, shift)}')
         if self.ignore_index != IGNORE_INDEX:
             results['gt_seg_map'] = np.where(labels == IGNORE_INDEX, self.ignore_index, labels).astype(labels.dtype)
         return results

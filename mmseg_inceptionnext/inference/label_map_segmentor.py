@@ -50,19 +50,25 @@ class LabelMapSegmentor(EncoderDecoder):
         if data_samples is None:
             meta = dict(ori_shape=inputs.shape[2:], img_shape=inputs.shape[2:])
             data_samples = [SegDataSample(metainfo=meta) for _ in inputs]
-        logits = self._slide if self.test_cfg.get('mode', 'whole') == 'slide' else self._whole
-        for found, sample in zip(logits(inputs, [s.metainfo for s in data_samples]), data_samples, strict=True):
-            label = largest_class(found.channels, found.of)
-            sample.set_data({'pred_sem_seg': PixelData(data=label[None].long()), 'class_logits': found})
+        results = self._slide if self.test_cfg.get('mode', 'whole') == 'slide' else self._whole
+        found = results(inputs, [sample.metainfo for sample in data_samples])
+        for (label, logits), sample in zip(found, data_samples, strict=True):
+            sample.set_data({'pred_sem_seg': PixelData(data=label), 'class_logits': logits})
         return data_samples
 
-    def _whole(self, inputs: Tensor, metas: list[dict]) -> Iterator[ClassLogits]:
+    @staticmethod
+    def label_map(logits: Tensor, input_size: tuple[int, int], meta: dict, align_corners: bool) -> Tensor:
+        """See the function; :func:`~mmseg_inceptionnext.models.kernels.use_kernels` puts a kernel here."""
+        return label_map(logits, input_size, meta, align_corners)
+
+    def _whole(self, inputs: Tensor, metas: list[dict]) -> Iterator[tuple[Tensor, ClassLogits]]:
         logits = self.decode_head.forward(self.extract_feat(inputs))
         size = network_size(metas[0])
         for image_logits, meta in zip(logits, metas, strict=True):
-            yield class_logits(image_logits, size, meta, self.align_corners)
+            arguments = image_logits, size, meta, self.align_corners
+            yield self.label_map(*arguments), class_logits(*arguments)
 
-    def _slide(self, inputs: Tensor, metas: list[dict]) -> Iterator[ClassLogits]:
+    def _slide(self, inputs: Tensor, metas: list[dict]) -> Iterator[tuple[Tensor, ClassLogits]]:
         size = tuple(inputs.shape[2:])
         regions = list(Grid(size, tuple(self.test_cfg.crop_size), tuple(self.test_cfg.stride)).windows())
         logits = [window_logits(self, inputs[..., r.top : r.bottom, r.left : r.right]) for r in regions]
@@ -73,7 +79,8 @@ class LabelMapSegmentor(EncoderDecoder):
             def at_original(channel: int, mean=mean, meta=meta) -> Tensor:
                 return at_original_size(mean(channel)[None], size, meta, self.align_corners)[0]
 
-            yield ClassLogits(len(windows[0].logits), at_original)
+            found = ClassLogits(len(windows[0].logits), at_original)
+            yield largest_class(found.channels, found.of)[None].long(), found
 
 
 def predicts_by_argmax(model: EncoderDecoder) -> bool:

@@ -30,6 +30,7 @@ from mmseg_inceptionnext.inference.packed import (
 )
 from mmseg_inceptionnext.inference.precision import check_precision, faster, use_bfloat16
 from mmseg_inceptionnext.models.build import heads_of
+from mmseg_inceptionnext.models.kernels import use_kernels
 from mmseg_inceptionnext.models.late_upsample import late_upsample
 from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleConv2d
 from mmseg_inceptionnext.models.metanext import MetaNeXt, MetaNeXtBlock
@@ -43,7 +44,10 @@ _CALLERS_OF_LINEAR = (Attention, WindowMSA, PatchMerging, FFN, timm.layers.Mlp)
 
 
 def optimize_for_inference(
-    model: EncoderDecoder, example_shape: tuple[int, int] | None = None, precision: str = 'fp32'
+    model: EncoderDecoder,
+    example_shape: tuple[int, int] | None = None,
+    precision: str = 'fp32',
+    kernels: bool = False,
 ) -> EncoderDecoder:
     """Return a copy of a segmentor that predicts the same, faster. The model that is given stays as it is.
 
@@ -67,16 +71,18 @@ def optimize_for_inference(
         example_shape: Height and width of an image to time both precisions with, and both layouts on other devices
             than a CPU.
         precision: 'fp32', 'bf16', or 'auto': the faster of the two for an image of ``example_shape``.
+        kernels: Compute by :mod:`mmseg_inceptionnext.models.kernels`, on a GPU. None has been run on one so far.
 
     Raises:
-        UserError: Another precision, or 'auto' without ``example_shape``.
+        UserError: Another precision, or 'auto' without ``example_shape``; or ``kernels`` cannot be used here.
     """
     check_precision(precision)
     if precision == 'auto':
         if example_shape is None:
             raise UserError("precision='auto' needs example_shape=(H, W), the size of an image to race with")
         x = _example(model, example_shape)
-        return faster(partial(optimize_for_inference, model, example_shape), lambda made: made(x), _device(model))[1]
+        make = partial(optimize_for_inference, model, example_shape, kernels=kernels)
+        return faster(make, lambda made: made(x), _device(model))[1]
     model = copy.deepcopy(model).eval().requires_grad_(False)
     if model.with_auxiliary_head:
         del model.auxiliary_head
@@ -85,6 +91,8 @@ def optimize_for_inference(
     with contextlib.suppress(UserError):  # another head, or one of other convolutions
         late_upsample(model)
     fold_norms(model)
+    if kernels:
+        use_kernels(model)
     device = _device(model)
     dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
     if device == 'cpu' and not torch.is_autocast_enabled('cpu') and packing_works(dtype):

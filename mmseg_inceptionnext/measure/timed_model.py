@@ -25,6 +25,7 @@ from mmseg_inceptionnext.inference.optimize import made_for, optimize_for_infere
 from mmseg_inceptionnext.inference.precision import faster
 from mmseg_inceptionnext.measure.imagenet import imagenet_config, is_imagenet_model
 from mmseg_inceptionnext.models.build import build_segmentor
+from mmseg_inceptionnext.models.kernels import use_kernels
 from mmseg_inceptionnext.training.mixed_precision import amp_optim_wrapper
 
 TASKS = ('fps', 'train', 'backbone')
@@ -32,7 +33,6 @@ PRECISIONS = ('auto', 'fp32', 'tf32', 'bf16', 'fp16')
 LAYOUTS = ('nchw', 'channels_last', 'best')
 
 _WARM_UP, _IMAGES = 5, 195  # as in mmseg's benchmark
-_ROUND_SECONDS = 0.5  # a round repeats its step until it lasts about that long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Setting:
         fast: Measure what ``optimize_for_inference`` returns, in the layout that it chooses; for the backbone, the
             forward pass alone.
         data: Data file of a data set of one's own, to which every config is fitted.
+        kernels: Compute by :mod:`mmseg_inceptionnext.models.kernels`, on a GPU; with or without ``fast``.
+        round_seconds: A round repeats its step until it lasts about that long.
     """
 
     task: str = 'fps'
@@ -67,6 +69,8 @@ class Setting:
     layout: str | None = None
     fast: bool = False
     data: str | None = None
+    kernels: bool = False
+    round_seconds: float = 0.5
 
 
 class TimedModel:
@@ -85,6 +89,8 @@ class TimedModel:
             self.precision, self.model = self._faster_precision()
         elif setting.fast:
             self.model = self._optimized(setting.precision)
+        elif setting.kernels:
+            use_kernels(self.model)
         if setting.compile:
             _compile(self.model)
         layout = 'own' if setting.fast else setting.layout or ('best' if setting.task == 'backbone' else 'nchw')
@@ -122,10 +128,11 @@ class TimedModel:
         return build_segmentor(self.cfg, checkpoint).to(self.device).train(self.setting.task == 'train')
 
     def _optimized(self, precision: str) -> nn.Module:
+        kernels = self.setting.kernels
         if precision == 'bf16':
-            return optimize_for_inference(self.model, self.shape, precision)
+            return optimize_for_inference(self.model, self.shape, precision, kernels)
         with _autocast(self.device, precision)():
-            return optimize_for_inference(self.model, self.shape)
+            return optimize_for_inference(self.model, self.shape, kernels=kernels)
 
     def _faster_precision(self) -> tuple[str, nn.Module]:
         inputs, samples = next(self._synthetic_batches())
@@ -151,7 +158,7 @@ class TimedModel:
                 step()
             self.repetitions[name] = 1
             seconds = self.batch_size / self._images_per_second(name)
-            self.repetitions[name] = max(1, round(_ROUND_SECONDS / seconds))
+            self.repetitions[name] = max(1, round(self.setting.round_seconds / seconds))
             if self.setting.data_root is not None:
                 self.repetitions[name] = max(1, _IMAGES // self.setting.repeat)
 

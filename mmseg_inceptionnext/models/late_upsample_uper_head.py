@@ -138,6 +138,11 @@ class LateUpsampleConv2d(nn.Conv2d):
         conv.__class__, conv.map_channels, conv.align_corners = cls, list(map_channels), align_corners
         return conv
 
+    @staticmethod
+    def add_up_sampled(out: Tensor, taps: list[Taps], align_corners: bool) -> Tensor:
+        """See the function; :func:`~mmseg_inceptionnext.models.kernels.use_kernels` puts a kernel here."""
+        return add_up_sampled(out, taps, align_corners)
+
     def _conv_forward(self, maps: list[Tensor] | Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if isinstance(maps, Tensor):
             return conv2d_3x3(maps, weight, bias)
@@ -157,7 +162,7 @@ class LateUpsampleConv2d(nn.Conv2d):
         for i in small:
             weight_of_taps = tap_weights(weights[i])[..., None, None]
             taps += take_taps(maps[i], partial(F.conv2d, weight=weight_of_taps), self.out_channels)
-        return add_up_sampled(out, taps, self.align_corners)
+        return self.add_up_sampled(out, taps, self.align_corners)
 
 
 class Taps(NamedTuple):

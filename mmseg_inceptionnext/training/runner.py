@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.console import is_quiet, quieten, say
+from mmseg_inceptionnext.data.faster_transforms import use_faster_transforms
 from mmseg_inceptionnext.data.guard import CurrentFiles, guard_pipelines
 from mmseg_inceptionnext.data.pipeline import read_images_safely
 from mmseg_inceptionnext.device import shared_memory
@@ -263,6 +264,7 @@ class FaultTolerantMixin:
         if isinstance(dataloader, dict):
             dataloader = copy.deepcopy(dataloader)
             read_images_safely(dataloader)
+            use_faster_transforms(dataloader)
             if not dataloader.get('num_workers'):
                 # torch refuses what is about workers, which the recipes set, where there are none.
                 for key in ('persistent_workers', 'prefetch_factor', 'multiprocessing_context'):

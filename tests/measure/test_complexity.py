@@ -21,7 +21,7 @@ from mmseg_inceptionnext.measure.paper import (
     paper_row,
 )
 from mmseg_inceptionnext.measure.tables import complexity_table
-from mmseg_inceptionnext.models.inceptionnext import InceptionDWConv2d
+from mmseg_inceptionnext.models.token_mixers import InceptionDWConv2d
 
 TABLES = TABLE_6 | TABLE_7
 
