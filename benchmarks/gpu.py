@@ -287,9 +287,9 @@ class Worker:
             theirs.close()
         try:
             self._connection.send(row)
-            if self._connection.poll(seconds):
-                return self._connection.recv()
-            reason = 'ran out of time'
+            reason = self._connection.recv() if self._connection.poll(seconds) else 'ran out of time'
+            if not isinstance(reason, str):
+                return reason
         except (EOFError, OSError):
             self._process.join()
             reason = f'its process ended with code {self._process.exitcode}'
@@ -326,8 +326,10 @@ def run_tests(seconds: float) -> dict:
     command = [sys.executable, '-m', 'pytest', '-q', '-m', 'gpu', '-p', 'no:cacheprovider', 'tests/gpu']
     try:
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return dict(summary=f'ran out of time after {seconds:.0f} s', failed=[], seconds=seconds)
+    except subprocess.TimeoutExpired as error:
+        so_far = (error.stdout or b'').decode().splitlines()
+        progress = f', so far: {"".join(so_far)[-200:]}' if so_far else ''
+        return dict(summary=f'ran out of time after {seconds:.0f} s{progress}', failed=[], seconds=seconds)
     lines = (process.stdout.strip() or process.stderr.strip() or 'no output').splitlines()
     return dict(
         summary=lines[-1].strip('= '),
