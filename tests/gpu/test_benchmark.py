@@ -47,7 +47,7 @@ def test_from_end_to_end(run_here, tmp_path):
     assert (
         table.count('\n| FPN A') == 4
         and table.count('1.00 (1.00 – 1.00)') == 6
-        and '| token mixer, times/s, fp32 |' in table
+        and '\n| token mixer, times/s, fp32 ' in table
     )
 
 
