@@ -1,7 +1,10 @@
 """benchmarks/gpu.py, which accepts a GPU, as far as a CPU can run it."""
 
 import json
+import multiprocessing
+import os
 import runpy
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -44,7 +47,7 @@ def test_from_end_to_end(run_here, tmp_path):
     assert (
         table.count('\n| FPN A') == 4
         and table.count('1.00 (1.00 – 1.00)') == 6
-        and '| token mixer, times/s, fp32 |' in table
+        and '\n| token mixer, times/s, fp32 ' in table
     )
 
 
@@ -102,3 +105,30 @@ def test_a_row_shows_the_faster_layout_and_ratios_round_by_round(benchmark):
     (line,) = benchmark.lines(dict(title='N', cells=cells))
     assert line[1] == '4 NHWC · 1.00 (1.00 – 1.00) · 2.0 GiB'
     assert line[4] == '8 NHWC · 2.00 (2.00 – 2.50) · 2.0 GiB'
+
+
+def test_a_row_that_takes_too_long_or_ends_its_process_is_named_and_the_next_one_is_measured(benchmark, monkeypatch):
+    def measure(row: str) -> list[str]:
+        if row == 'slow':
+            time.sleep(60)
+        if row == 'fatal':
+            os._exit(7)
+        if row == 'after which CUDA is unusable':
+            raise RuntimeError('CUDA error: an illegal memory access was encountered. More about that')
+        return [row]
+
+    # Forked, so that the process knows this function.
+    context = SimpleNamespace(get_context=lambda kind: multiprocessing.get_context('fork'))
+    names = benchmark.Worker.ask.__globals__
+    monkeypatch.setitem(names, 'multiprocessing', context)
+    monkeypatch.setitem(names, 'measure', measure)
+    worker = benchmark.Worker('cpu')
+    try:
+        assert worker.ask('slow', 0.2) == 'ran out of time'
+        assert worker.ask('first', 30) == ['first']
+        assert worker.ask('fatal', 30) == 'its process ended with code 7'
+        assert worker.ask('second', 30) == ['second']
+        assert worker.ask('after which CUDA is unusable', 30) == 'CUDA error: an illegal memory access was encountered'
+        assert worker.ask('third', 30) == ['third']
+    finally:
+        worker.close()

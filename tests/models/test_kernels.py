@@ -26,7 +26,7 @@ from mmseg_inceptionnext.models.kernels import label_map, token_mixer, up_sample
 @pytest.mark.slow
 def test_in_tritons_interpreter():
     """In a process of its own: Triton asks for the interpreter when it is imported."""
-    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/gpu/test_kernels.py']
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/gpu/test_triton_kernels.py']
     process = subprocess.run(
         command, cwd=ROOT, env=os.environ | {'TRITON_INTERPRET': '1'}, capture_output=True, text=True
     )
