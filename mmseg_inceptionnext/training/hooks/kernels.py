@@ -1,8 +1,8 @@
 """Train by kernels."""
 
 from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from mmseg.registry import HOOKS
 
 from mmseg_inceptionnext.models.kernels import use_kernels
 
