@@ -72,6 +72,7 @@ def test_onnx_only_needs_no_torch(trained, mini_root, tmp_path, labels):
     assert printed.keys() == result.areas().keys()
 
 
+@pytest.mark.slow
 def test_ray_needs_a_column_of_paths(tmp_path):
     pytest.importorskip('ray.data')
     parquet = pytest.importorskip('pyarrow.parquet')

@@ -61,6 +61,7 @@ def test_a_mistake_is_one_line_here_too(command):
     assert_user_error(command('predict', TINY_CONFIG), 'python -m mmseg_inceptionnext predict: error: ')
 
 
+@pytest.mark.slow
 def test_what_train_and_test_print_to_copy_works(command, mini_root, tmp_path):
     """Data are loaded by other processes; the work dir is below the current folder."""
     options = ['--data-root', mini_root, '--cfg-options', 'test_dataloader.num_workers=2']

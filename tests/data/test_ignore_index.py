@@ -56,6 +56,7 @@ def one_past(roads, tmp_path):
     return root
 
 
+@pytest.mark.slow
 def test_a_label_of_the_heads_is_ignored_as_255_is(roads, one_past, tmp_path):
     weights, figures, pixels = [], [], []
     for root, ignore_index in ((roads, None), (one_past, 2)):

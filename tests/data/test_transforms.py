@@ -78,6 +78,7 @@ def test_what_it_does_not_take_is_said_and_it_shows_its_arguments(tmp_path):
         ReadImage().transform(dict(img_path=str(tmp_path / 'none.png')))
 
 
+@pytest.mark.slow
 def test_a_data_set_in_another_storage(tiny_cfg, bucket):
     """Its back end is found by the prefix of its paths; the same weights and figures as from local files."""
     local = train(variant(tiny_cfg, tiny_cfg.work_dir), TrainOptions(seed=5, weights='none'))

@@ -149,8 +149,11 @@ def test_multi_scale_gives_other_figures_and_whole_maps(tiny_cfg, checkpoint, mi
     assert len(list((tmp_path / 'show').iterdir())) == 2
 
 
-@pytest.mark.parametrize('how', ['format_only', 'no prefix', 'no folder'])
-@pytest.mark.parametrize('tta', [False, True])
+_SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in ('no prefix', 'no folder')]
+
+
+@pytest.mark.parametrize('how', ['format_only', *_SLOW])
+@pytest.mark.parametrize('tta', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_label_maps_without_ground_truth(tiny_cfg, checkpoint, mini_root, tmp_path, how, tta):
     expected = tmp_path / 'expected'
     evaluate(copy.deepcopy(tiny_cfg), checkpoint, out=expected, tta=tta)

@@ -61,7 +61,7 @@ def images():
 
 @pytest.mark.parametrize(
     ('made_for', 'dynamic'),
-    [('onnxruntime', False), ('openvino', False), ('openvino', True)],
+    [('onnxruntime', False), ('openvino', False), pytest.param('openvino', True, marks=pytest.mark.slow)],
     ids=['onnxruntime', 'openvino', 'openvino, dynamic'],
 )
 def test_a_file_for_one_runtime_runs_in_both_alike(written, images, made_for, dynamic):

@@ -41,6 +41,7 @@ def config(tmp_path, mini_root) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_train_and_test(mmseg_tool, tool_here, config, tmp_path):
     options = ('--cfg-options', 'train_cfg.max_iters=3', 'train_cfg.val_interval=3', 'model.backbone.init_cfg=None')
     options += ('randomness.seed=0',)  # or, in one run of many, a tie of two logits decides the last digit

@@ -130,6 +130,7 @@ class HangAt(BaseTransform):
         return results
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_wait_for_data_that_never_come(tiny_cfg):
     tiny_cfg.train_dataloader.update(num_workers=1)
     tiny_cfg.train_dataloader.dataset.pipeline.insert(1, dict(type='HangAt', name='ADE_train_00000003.jpg'))
@@ -150,6 +151,7 @@ def test_a_signal_is_noted_between_waits_and_ends_the_next():
             pytest.fail('it waited')
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_process_but_the_echo_of_sigterm_does_not():
     program = (
         'import os, signal, sys, time\n'
@@ -173,6 +175,7 @@ class MoveWorkDirHook(Hook):
             os.rename(runner.work_dir, f'{runner.work_dir}.moved')
 
 
+@pytest.mark.slow
 def test_a_work_dir_that_is_moved_away_costs_no_run(tiny_cfg):
     tiny_cfg.custom_hooks = [*tiny_cfg.custom_hooks, dict(type='MoveWorkDirHook')]
     tiny_cfg.default_hooks.checkpoint.interval = 2
@@ -182,6 +185,7 @@ def test_a_work_dir_that_is_moved_away_costs_no_run(tiny_cfg):
     assert Path(f'{tiny_cfg.work_dir}.moved').is_dir()
 
 
+@pytest.mark.slow
 def test_where_the_work_dir_cannot_be_written_the_last_checkpoint_is_kept_elsewhere(tiny_cfg, tmp_path, monkeypatch):
     from mmseg_inceptionnext.training import runner
 

@@ -27,6 +27,7 @@ def test_the_schedule_of_a_config_and_nothing_written(tiny_cfg):
     assert not Path(tiny_cfg.work_dir).exists() or list(Path(tiny_cfg.work_dir).iterdir()) == []
 
 
+@pytest.mark.slow
 def test_with_auto_batch_and_resumed(tiny_cfg):
     whole = deepcopy(tiny_cfg)
     whole.train_cfg.max_iters = 3

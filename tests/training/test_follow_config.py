@@ -70,7 +70,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    'case', [pytest.param(case, marks=[] if case in ('longer', 'rate') else pytest.mark.slow) for case in CASES]
+    'case', [pytest.param(case, marks=[] if case == 'rate' else pytest.mark.slow) for case in CASES]
 )
 def test_rates_are_those_of_a_run_that_began_with_the_config(cfg, said, case):
     changes, parts = CASES[case]
@@ -94,12 +94,14 @@ def test_rates_are_those_of_a_run_that_began_with_the_config(cfg, said, case):
     assert 'From iteration 3 on' in line
 
 
+@pytest.mark.slow
 def test_nothing_is_said_where_nothing_differs(cfg, said):
     rates_of(deepcopy(cfg))
     again = rates_of(deepcopy(cfg), resume=str(Path(cfg.work_dir) / 'iter_3.pth'))
     assert list(again) == [3, 4, 5] and not [line for line in said if 'saved the checkpoint' in line]
 
 
+@pytest.mark.slow
 def test_the_dry_run_shows_what_will_be(cfg):
     rates_of(deepcopy(cfg))
     now = changed(cfg, optim_wrapper__optimizer__lr=0.05, **LONGER)
@@ -132,6 +134,7 @@ def test_a_config_in_a_checkpoint_is_not_run(cfg, said, tmp_path):
     assert not bad.exists() and any('train_cfg.max_iters=7' in line for line in said)
 
 
+@pytest.mark.slow
 def test_a_momentum_that_is_scheduled_goes_on_exactly(cfg):
     """With Adam it is the first of the betas, which the checkpoint brings, and which the config's would replace."""
     cfg.param_scheduler = [

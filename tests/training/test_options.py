@@ -151,6 +151,7 @@ class TestEarlyStop:
         tiny_cfg.default_hooks.checkpoint.interval = 5
         return tiny_cfg
 
+    @pytest.mark.slow
     def test_it_stops_with_the_last_state_and_a_resumed_run_stops_where_it_would_have(self, cfg, tmp_path):
         options = dataclasses.replace(SCRATCH, early_stop=2)
         whole = train(variant(cfg, tmp_path / 'whole'), options)
@@ -162,6 +163,7 @@ class TestEarlyStop:
         resumed = train(variant(cfg, tmp_path / 'cut'), dataclasses.replace(options, resume=True))
         assert resumed.iter == 6 and run_result(resumed)['best'] == 5.0
 
+    @pytest.mark.slow
     def test_a_stopped_run_can_go_on(self, cfg, tmp_path):
         options = dataclasses.replace(SCRATCH, early_stop=2)
         train(variant(cfg, tmp_path / 'w'), options)
@@ -209,6 +211,7 @@ class TestEma:
         averaged = whole['state_dict']['decode_head.conv_seg.weight']
         assert not torch.equal(averaged, whole['ema_state_dict']['module.decode_head.conv_seg.weight'])
 
+    @pytest.mark.slow
     def test_a_saved_config_with_the_same_option_averages_once(self, tiny_cfg, tmp_path):
         options = dataclasses.replace(SCRATCH, ema=True, early_stop=9)
         train(variant(tiny_cfg, tmp_path / 'w'), options)
@@ -222,7 +225,10 @@ class TestEma:
         cfg = load_config(result['config'], tmp_path / 'w')
         assert evaluate(cfg, result['checkpoint'])['mIoU'] == pytest.approx(result['best'], abs=0.01)
 
-    @pytest.mark.parametrize('failure', ['image', pytest.param('metric', marks=pytest.mark.slow), 'signal'])
+    @pytest.mark.parametrize(
+        'failure',
+        [pytest.param('image', marks=pytest.mark.slow), pytest.param('metric', marks=pytest.mark.slow), 'signal'],
+    )
     def test_a_validation_that_fails_gives_the_trained_weights_back(self, tiny_cfg, tmp_path, failure, monkeypatch):
         """After a failed validation in the middle, the run ends with the weights of one without that validation."""
         options = dataclasses.replace(SCRATCH, ema=True)

@@ -114,6 +114,7 @@ def one_thread():
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_test_as_one_with_the_doubled_batch(script, tool_here, recorded, mini_root, tmp_path):
     """The same losses, weights and figures; and only the first process writes.
 

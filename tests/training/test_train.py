@@ -45,6 +45,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny_cfg, t
     assert not torch.equal(other['backbone.stem.0.weight'], state_of(tmp_path / 'whole', 6)['backbone.stem.0.weight'])
 
 
+@pytest.mark.slow
 def test_resume_of_a_named_checkpoint_and_after_a_move(tiny_cfg, tmp_path):
     train(variant(tiny_cfg, tmp_path / 'a', **{'train_cfg.max_iters': 3}), TrainOptions(seed=5))
     runner = train(variant(tiny_cfg, tmp_path / 'b'), TrainOptions(resume=str(tmp_path / 'a' / 'iter_3.pth')))
@@ -55,6 +56,7 @@ def test_resume_of_a_named_checkpoint_and_after_a_move(tiny_cfg, tmp_path):
     assert len(list((tmp_path / 'moved').glob('best_*.pth'))) == 1  # the one before was replaced, or is still the best
 
 
+@pytest.mark.slow
 def test_what_a_resumed_run_writes_is_tested_as_it_is(tiny_cfg, mini_root):
     """Its config beside its checkpoint: nothing in it goes on from another one."""
     work_dir = Path(tiny_cfg.work_dir)
@@ -137,7 +139,7 @@ class PoisonHook(Hook):
             data_batch['inputs'] = [x.float().fill_(float('nan')) for x in data_batch['inputs']]
 
 
-@pytest.mark.parametrize('target', ['loss_weight', 'input'])
+@pytest.mark.parametrize('target', ['loss_weight', pytest.param('input', marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_a_sound_checkpoint(tiny_cfg, target):
     tiny_cfg.custom_hooks = [*tiny_cfg.custom_hooks, dict(type='PoisonHook', at=4, target=target)]
     with pytest.raises(UserError, match=r'not finite at iteration 5 \(decode\.loss_ce=nan\), on .*_0000000\d\.jpg, '):
@@ -151,6 +153,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_a_sound_checkpoint(ti
     assert_equal_states(state_of(work_dir, 6), dict(train(whole, TrainOptions(seed=5)).model.state_dict()))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_once_is_left_out(tiny_cfg, tmp_path):
     """Weights, running statistics and the optimizer's moments stay as they are; twice in a row is too much."""
     hooks = [hook for hook in tiny_cfg.custom_hooks if hook['type'] != 'StopOnNonFiniteLossHook']
@@ -201,6 +204,7 @@ def test_amp_does_not_replace_another_wrapper(tiny_cfg):
         train(tiny_cfg, TrainOptions(amp=True))
 
 
+@pytest.mark.slow
 def test_weights_none_and_weights_replace_the_configs(tiny_cfg, tmp_path):
     tiny_cfg.train_cfg.max_iters = 1
     tiny_cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='/nowhere/w.pth')
@@ -276,6 +280,7 @@ def test_the_summary_of_a_run_without_validation(tiny_cfg):
     assert (end['best'], end['iteration'], end['checkpoint'].name) == (None, 6, 'iter_6.pth')
 
 
+@pytest.mark.slow
 def test_the_saved_config_says_what_was_written(tiny_cfg, trained, mini_root):
     """Not what this machine makes of it: it serves on a GPU, and where this package is not installed."""
     tiny_cfg.default_hooks.checkpoint.type, tiny_cfg.val_cfg = 'CheckpointHook', dict(type='ValLoop')
