@@ -34,6 +34,7 @@ def test_a_training_takes_few_lines_and_the_log_has_all(tool, arguments, tmp_pat
         assert part in text, part
 
 
+@pytest.mark.slow
 def test_verbose_gives_mmengines_screen_back(tool, arguments):
     process = tool(*arguments, '--verbose')
     assert process.returncode == 0
@@ -99,7 +100,9 @@ def run_in_shell(redirection: str, **environment) -> subprocess.CompletedProcess
     ('redirection', 'environment', 'out', 'err'),
     [
         ('| head -1', {}, 'Bäume \\udcff\ncode 0\n', 'the end\n'),
-        ('| head -1', {'PYTHONUNBUFFERED': '1'}, 'Bäume \\udcff\ncode 0\n', 'the end\n'),
+        pytest.param(
+            '| head -1', {'PYTHONUNBUFFERED': '1'}, 'Bäume \\udcff\ncode 0\n', 'the end\n', marks=pytest.mark.slow
+        ),
         ('| head -1', {'PYTHONIOENCODING': 'ascii'}, 'B\\xe4ume \\udcff\ncode 0\n', 'the end\n'),
         ('>&-', {}, 'code 0\n', 'the end\n'),
         (

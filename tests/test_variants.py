@@ -101,13 +101,8 @@ def images_of(cfg: Config) -> list[Path]:
     return [Path(sample['img_path']) for sample in list_samples(open_dataset(cfg.test_dataloader.dataset))]
 
 
-FAST = ('cascade',)
-
-
-@pytest.mark.parametrize(
-    'name',
-    [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in ('UPerHead', 'FPNHead', *HEADS)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['UPerHead', 'FPNHead', *HEADS])
 def test_a_head(name, tmp_path, mini_root):
     run_chain(config_of_heads(tmp_path / 'config.py', name, mini_root), tmp_path)
 
@@ -144,7 +139,7 @@ def rgba(path, values):
 @pytest.mark.parametrize(
     ('store', 'suffix', 'channels'), [
         pytest.param(grey, '.png', 1, marks=pytest.mark.slow), pytest.param(rgba, '.png', 4, marks=pytest.mark.slow),
-        (bands, '.tif', 5),
+        pytest.param(bands, '.tif', 5, marks=pytest.mark.slow),
     ],
     ids=['grey', 'RGBA', 'bands of 16 bits'],
 )  # fmt: skip
@@ -153,6 +148,7 @@ def test_channels(store, suffix, channels, tmp_path):
     run_chain(TINY_CONFIG, tmp_path, data, (64, 96))
 
 
+@pytest.mark.slow
 def test_one_output_channel(tmp_path):
     """A sigmoid and a threshold in the place of the argmax."""
     data = data_of(tmp_path / 'data', grey, '.png', 3)

@@ -161,7 +161,7 @@ def as_stored(path, form: Form) -> np.ndarray:
 # Much like others.
 SLOW = (
     'ignored id', 'palette', 'one channel', 'suffixes', 'ignored class', 'ultralytics', 'template', 'held out',
-    'four channels', '16 bits', 'merged',
+    'four channels', '16 bits', 'merged', 'binary 0/255',
 )  # fmt: skip
 
 

@@ -346,7 +346,9 @@ def test_every_baseline(name, tmp_path):
 
 
 @needs_onnx_exporter
-@pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino', None])
+@pytest.mark.parametrize(
+    'runtime', ['onnxruntime', *(pytest.param(each, marks=pytest.mark.slow) for each in ('openvino', None))]
+)
 def test_the_confidence_is_a_second_output(tmp_path, runtime):
     """Of one class against the others, with the temperature beside the checkpoint, in both forms of the up-sampling."""
     files = save_segmentor(tmp_path, classes=5)

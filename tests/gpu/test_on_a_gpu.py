@@ -188,6 +188,7 @@ def test_synchronised_norms_of_one_process_are_plain_ones(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_an_uninterrupted_one(device, tiny_cfg, tmp_path):
     """To rounding on a GPU, where some sums have no fixed order; bit for bit on a CPU."""
     train(variant(tiny_cfg, tmp_path / 'whole'), TrainOptions(seed=5))

@@ -109,6 +109,7 @@ def test_is_the_argmax_of_the_mean_probability(scale):
         assert (label[0] != probability.argmax(0)).sum() <= 2
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_classes_and_views_as_mmsegs_does():
     """150 classes at 512×683, the twelve views of the protocol; mmseg's holds twelve maps of 210 MB."""
     views = [(round(128 * ratio), round(171 * ratio)) for ratio in TTA_RATIOS]

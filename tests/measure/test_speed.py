@@ -42,6 +42,7 @@ def test_ratios_are_taken_round_by_round():
     assert (summary.ratio_to_first, summary.ratio_min, summary.ratio_max) == (0.5, 0.5, 0.75)
 
 
+@pytest.mark.slow
 def test_measures_and_survives_a_config_that_does_not_build(tmp_path):
     """In real processes: figures of the sound ones, and the reason of the broken one."""
     broken = tmp_path / 'broken.py'
@@ -147,6 +148,7 @@ def test_the_faster_precision_is_measured(monkeypatch, fast):
     assert subject.facts['dtype'] == 'bf16' and isinstance(subject.model, precision._InBfloat16)
 
 
+@pytest.mark.slow
 def test_one_setting_for_each_config():
     """As benchmarks/fast_path.py compares a model with what optimize_for_inference makes of it."""
     settings = [Setting(shape=(64, 64), repeat=1), Setting(shape=(64, 64), repeat=1, fast=True)]
@@ -154,6 +156,7 @@ def test_one_setting_for_each_config():
     assert failures == {} and [row.fast for row in rows] == [False, True]
 
 
+@pytest.mark.slow
 def test_imagenet_models_are_timed_beside_the_papers_throughput(tmp_path):
     models = ['inceptionnext_atto', 'test_convnext']
     rows, failures = measure_speed(models, Setting('backbone', batch_size=2, layout='nchw', repeat=1))

@@ -16,7 +16,7 @@ WAYS = {
 }
 
 
-@pytest.fixture(params=['name', *(pytest.param(way, marks=pytest.mark.slow) for way in ('expression', 'path'))])
+@pytest.fixture(params=WAYS)
 def config(request, tmp_path, mini_root):
     base, own = TINY_CONFIG.read_text().split('\n', 2)[1:]
     assert base.startswith('_base_')
@@ -28,6 +28,7 @@ def config(request, tmp_path, mini_root):
     return path
 
 
+@pytest.mark.slow
 def test_all_tools(config, tool_here, tmp_path, mini_root):
     image = next((mini_root / 'images' / 'validation').iterdir())
     checkpoint = tmp_path / 'work' / 'iter_2.pth'

@@ -110,6 +110,7 @@ def test_no_workers(own, tool_here):
     assert process.returncode == 0, process.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_a_batch_of_several_sizes(own, roads, tool_here, tmp_path):
     for kind, suffix in (('images', 'jpg'), ('annotations', 'png')):
         path = roads / kind / 'validation' / f'1.{suffix}'

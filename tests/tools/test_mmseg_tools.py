@@ -76,7 +76,7 @@ def test_pictures_of_predictions(mmseg_tool, config, trained, tmp_path):
     assert len(list((tmp_path / 'show').rglob('*.png'))) == 2
 
 
-@pytest.mark.parametrize('by_name', [False, True], ids=['by path', 'by name'])
+@pytest.mark.parametrize('by_name', [pytest.param(False, marks=pytest.mark.slow), True], ids=['by path', 'by name'])
 def test_browse_the_data_set(mmseg_tool, config, tmp_path, by_name):
     if by_name:
         name = "__import__('mmseg_inceptionnext').config_path('mini/fpn_inceptionnext_a')"

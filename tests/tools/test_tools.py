@@ -116,6 +116,7 @@ def test_dry_run(tool_here, mini_root, tmp_path):
     assert list((tmp_path / 'w').iterdir()) == []
 
 
+@pytest.mark.slow
 def test_resume_goes_on_in_the_same_work_dir(work_dir, tool_here, mini_root):
     process = tool_here('train', TINY_CONFIG, '--work-dir', work_dir, '--data-root', mini_root, '--resume')
     assert process.returncode == 0, process.stderr[-3000:]

@@ -14,6 +14,7 @@ from mmseg_inceptionnext.training.runner import SafeRunner
 from mmseg_inceptionnext.training.train import plan, train
 
 
+@pytest.mark.slow
 def test_the_schedule_of_a_config_and_nothing_written(tiny_cfg):
     tiny_cfg.train_cfg.update(max_iters=100, val_interval=30)
     resolved = plan(tiny_cfg, TrainOptions(weights='none'))

@@ -122,7 +122,8 @@ def kill_at_random(training: Training, kills: int, seed: int) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize('kills', [1, pytest.param(36, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('kills', [1, 36])
 def test_killed_at_random_moments_it_ends_with_the_same_weights(training, whole, kills):
     counts = kill_at_random(training, kills, seed=0)
     print(counts)
@@ -188,6 +189,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_with_a_checkpoint(training,
     assert read_checkpoint(training.work_dir / f'iter_{training.last}.pth')['meta']['iter'] == training.last
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_at_once(training):
     process = signalled(training, signal.SIGINT, signal.SIGINT)
     assert 'Ctrl-C again stops at once' in process.stderr
@@ -611,6 +613,7 @@ def test_a_worker_that_dies_in_validation_costs_that_validation(tiny_cfg):
     assert all('ADE_val_00000002.jpg' in reason for reason in end['failed_validations'].values())
 
 
+@pytest.mark.slow
 def test_a_bug_in_a_pipeline_names_the_file_and_keeps_its_cause(tiny_cfg):
     del tiny_cfg.train_dataloader.dataset.pipeline[1]  # the image is never read
     with pytest.raises(RuntimeError, match=r'the pipeline failed on .*\.jpg and .*\.png') as caught:
@@ -618,6 +621,7 @@ def test_a_bug_in_a_pipeline_names_the_file_and_keeps_its_cause(tiny_cfg):
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+@pytest.mark.slow
 def test_an_epoch_loop_from_code(tiny_cfg):
     """mmseg's tools run such configs, with our runner if they name it; ours count iterations."""
     tiny_cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=2, val_interval=1)

@@ -225,10 +225,8 @@ class TestEma:
         cfg = load_config(result['config'], tmp_path / 'w')
         assert evaluate(cfg, result['checkpoint'])['mIoU'] == pytest.approx(result['best'], abs=0.01)
 
-    @pytest.mark.parametrize(
-        'failure',
-        [pytest.param('image', marks=pytest.mark.slow), pytest.param('metric', marks=pytest.mark.slow), 'signal'],
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize('failure', ['image', 'metric', 'signal'])
     def test_a_validation_that_fails_gives_the_trained_weights_back(self, tiny_cfg, tmp_path, failure, monkeypatch):
         """After a failed validation in the middle, the run ends with the weights of one without that validation."""
         options = dataclasses.replace(SCRATCH, ema=True)

@@ -47,7 +47,7 @@ def test_an_epoch_teaches_what_a_linear_classifier_does_not_learn(tmp_path):
     assert linear.score(*pixels('val', 20)) < 0.35
 
 
-@pytest.mark.parametrize('auto_batch', [False, True])
+@pytest.mark.parametrize('auto_batch', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(auto_batch, textures, tmp_path):
     """With mixup or cutmix, random erasing, stochastic depth, dropout and moving averages."""
     # In a worker, augmentation does not seed the process that draws the mixtures.
