@@ -42,9 +42,11 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# grad-cam apart: it requires opencv-python-headless, whose files are those of opencv-python.
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps grad-cam
 	touch $@
 
 # mmcv is compiled, a quarter of an hour on two cores: with the last setuptools that have pkg_resources, and with
