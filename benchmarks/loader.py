@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from mmcv.transforms import Compose
 from mmengine.registry import init_default_scope
+from noise import noise_image
 from PIL import Image
 
 from mmseg_inceptionnext.command_line import markdown_table, positive_int, run
@@ -29,11 +30,7 @@ OURS_ALONE = ('SeedAugmentation', 'CheckAnnotation')
 def paint(image_path: str, labels_path: str, seed: int) -> None:
     """Write smoothed noise, and large patches of 150 classes, some of them of small ones."""
     rng = np.random.default_rng(seed)
-    image = np.full((512, 683, 3), 120, np.float32)
-    for sigma, amplitude in ((1, 9), (2, 14), (5, 20), (16, 30), (64, 60)):
-        noise = cv2.GaussianBlur(rng.normal(0, 1, image.shape).astype(np.float32), (0, 0), sigma)
-        image += amplitude * noise / noise.std()
-    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(image_path, quality=90)
+    noise_image(rng, 512, 683).save(image_path, quality=90)
     large, small, is_small = (
         cv2.resize(rng.integers(0, high, size, dtype=np.uint8), (683, 512), interpolation=cv2.INTER_NEAREST)
         for high, size in ((151, (8, 10)), (151, (40, 50)), (4, (8, 10)))

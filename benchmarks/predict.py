@@ -13,10 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
-from PIL import Image
+from noise import noise_image
 
 from mmseg_inceptionnext import Segmentor
 from mmseg_inceptionnext.command_line import positive_int, run
@@ -27,12 +26,8 @@ SIZE = (360, 480)
 
 
 def paint(path: Path, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    image = np.full((*SIZE, 3), 120, np.float32)
-    for sigma, amplitude in ((1, 9), (4, 20), (16, 30), (64, 60)):
-        noise = cv2.GaussianBlur(rng.normal(0, 1, image.shape).astype(np.float32), (0, 0), sigma)
-        image += amplitude * noise / noise.std()
-    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    octaves = ((1, 9), (4, 20), (16, 30), (64, 60))
+    noise_image(np.random.default_rng(seed), *SIZE, octaves).save(path, quality=90)
 
 
 def main() -> None:
@@ -66,7 +61,7 @@ def main() -> None:
         def whole() -> None:
             shutil.rmtree(folder / 'out', ignore_errors=True)
             output = Output(folder / 'out', labels=args.labels)
-            assert not predict(segmentor, sources, output, batch, skip_existing=True)
+            assert not predict(segmentor, sources, output, batch)
 
         network()  # sets up kernels and memory
         rounds = [(seconds(network), seconds(whole)) for _ in range(args.repeat)]

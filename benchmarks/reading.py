@@ -10,9 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import numpy as np
-from PIL import Image
+from noise import noise_image
 
 from mmseg_inceptionnext.command_line import markdown_table, positive_int, run
 from mmseg_inceptionnext.data.read_pairs import pair_reader, read_pair
@@ -21,12 +20,7 @@ from mmseg_inceptionnext.measure.speed import interleave
 
 
 def paint(path: Path, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    image = np.full((512, 683, 3), 120, np.float32)
-    for sigma, amplitude in ((1, 9), (2, 14), (5, 20), (16, 30), (64, 60)):
-        noise = cv2.GaussianBlur(rng.normal(0, 1, image.shape).astype(np.float32), (0, 0), sigma)
-        image += amplitude * noise / noise.std()
-    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    noise_image(np.random.default_rng(seed), 512, 683).save(path, quality=90)
 
 
 def main() -> None:

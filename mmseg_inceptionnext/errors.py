@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import pickle
 import re
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -43,6 +45,12 @@ class UnreadableFile(BadSample, OSError):
 
 class MissingImage(UnreadableFile, FileNotFoundError):
     """An image that does not exist."""
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """Return advice about a name that is not known: the closest of those that are, or other advice."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f'did you mean {close[0]!r}?' if close else otherwise
 
 
 def one_line(error: UserError) -> str:

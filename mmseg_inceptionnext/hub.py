@@ -89,5 +89,5 @@ def get_model(
         return build_segmentor(cfg, checkpoint).to(device).eval()
     model = build_segmentor(cfg).to(device).eval()
     if checkpoint is not None:
-        load_classifier(model, str(checkpoint))
+        load_classifier(model, checkpoint)
     return model

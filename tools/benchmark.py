@@ -40,7 +40,7 @@ def main() -> None:
         '--fast',
         action=argparse.BooleanOptionalAction,
         default=False,
-        help='fold and pack the models first, as tools/test.py does (off)',
+        help='fold and pack the models first, as tools/test.py does; train: take the steps of tools/train.py (off)',
     )
     parser.add_argument('--json', metavar='FILE', type=output_file, help='write the results')
     parser.add_argument(

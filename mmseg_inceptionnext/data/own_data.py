@@ -23,7 +23,7 @@ from mmseg_inceptionnext.models.archs import resolve_metanext_arch
 
 _SIZES_READ = 200  # images whose sizes are read to find the usual one
 _IMAGES_READ = 32  # images whose values are read to find their mean
-_ADE20K_IMAGES = 20210  # for which the recipes' numbers of iterations are made
+_ADE20K_IMAGES = 20210  # on which a recipe trains that does not say on how many: mmseg's own
 
 
 def use_data_file(cfg: Config, source: str | Path | Mapping[str, Any]) -> list[str]:
@@ -45,6 +45,7 @@ def use_data_file(cfg: Config, source: str | Path | Mapping[str, Any]) -> list[s
     data = read_data_file(source)
     require(cfg, 'model', *(f'{split}_dataloader' for split in SPLITS), 'val_evaluator', 'test_evaluator', 'train_cfg')
     own = own_settings(cfg)
+    recipe_images = cfg.pop('train_images', _ADE20K_IMAGES)
     _set_datasets(cfg, data)
     samples = {split: list_samples(open_dataset(cfg[f'{split}_dataloader'].dataset)) for split in SPLITS}
     numbers = ', '.join(f'{len(listed)} {split}' for split, listed in samples.items())
@@ -53,7 +54,7 @@ def use_data_file(cfg: Config, source: str | Path | Mapping[str, Any]) -> list[s
     lines += [*_set_classes(cfg, data), *_set_channels(cfg, data.channels, samples['train'])]
     lines += _set_sizes(cfg, _usual_size(samples['train']), own)
     if not ({'train_cfg', 'param_scheduler'} & own.keys()):
-        lines += _set_epochs(cfg)
+        lines += _set_epochs(cfg, recipe_images)
     return lines
 
 
@@ -225,8 +226,9 @@ def _leaf(section: dict | None) -> dict:
     return (section or {}).get('dataset') or {}
 
 
-def _set_epochs(cfg: Config) -> Iterator[str]:
-    """Let the run see each image as often as the recipe sees ADE20K's; training turns that into iterations."""
+def _set_epochs(cfg: Config, recipe_images: int) -> Iterator[str]:
+    """Let the run see each image as often as the recipe sees its own; training turns that into iterations."""
     batch = (cfg.get('auto_scale_lr') or {}).get('base_batch_size') or cfg.train_dataloader.batch_size
-    cfg.epochs = max(1, round(cfg.train_cfg.max_iters * batch / _ADE20K_IMAGES))
-    yield f'{cfg.epochs} epochs, as the recipe has on ADE20K; at most its {cfg.train_cfg.max_iters} iterations'
+    cfg.epochs = max(1, round(cfg.train_cfg.max_iters * batch / recipe_images))
+    iterations = cfg.train_cfg.max_iters
+    yield f'{cfg.epochs} epochs, as the recipe has on its {recipe_images} images; at most its {iterations} iterations'

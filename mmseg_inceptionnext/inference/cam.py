@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from mmseg_inceptionnext.drawing import save_picture
 from mmseg_inceptionnext.errors import MissingPackage, UserError
 from mmseg_inceptionnext.images import as_rgb
 from mmseg_inceptionnext.inference.manifest import Manifest
-from mmseg_inceptionnext.inference.sources import Output, Source
+from mmseg_inceptionnext.inference.sources import Output, Source, existing_outputs
 from mmseg_inceptionnext.models.build import heads_of
 from mmseg_inceptionnext.models.metanext import MetaNeXt
 
@@ -110,10 +109,7 @@ def predict_cams(
         raise UserError(
             f'{output.folder} has a manifest, which says that its files are overlays: choose another out=DIR'
         )
-    existing = [path for path in map(output.overlay_of, sources) if path.exists()]
-    inputs = {os.path.realpath(source.path) for source in sources}
-    if own := [path for path in existing if os.path.realpath(path) in inputs]:
-        raise UserError(f'{own[0]} would be written, but is one of the images to read: choose another out=DIR')
+    existing = existing_outputs(map(output.overlay_of, sources), sources)
     if existing and not overwrite:
         raise UserError(f'{existing[0]} exists already: pass overwrite=True, or choose another out=DIR')
     failures = {}

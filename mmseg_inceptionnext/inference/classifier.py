@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 import cv2
@@ -16,7 +15,7 @@ from timm.data import ImageNetInfo
 from mmseg_inceptionnext.config_files import read_config, require
 from mmseg_inceptionnext.data.pipeline import IMAGE_LOADERS
 from mmseg_inceptionnext.device import find_device
-from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.errors import UserError, did_you_mean
 from mmseg_inceptionnext.images import read_image, swap_rgb
 from mmseg_inceptionnext.inference.cam import class_activation_map
 from mmseg_inceptionnext.labels import dataset_meta
@@ -45,7 +44,7 @@ class Classifier:
         require(cfg, 'model', 'test_dataloader')
         self.device = find_device(device)
         self.model = build_segmentor(cfg).eval().requires_grad_(False).to(self.device)
-        content = load_classifier(self.model, str(checkpoint))
+        content = load_classifier(self.model, checkpoint)
         names, number = dataset_meta(content).get('classes'), cfg.model.head.num_classes
         if not isinstance(names, (list, tuple)) or len(names) != number:
             names = ImageNetInfo().label_names() if number == 1000 else range(number)
@@ -106,6 +105,6 @@ class Classifier:
         if found:
             several = ' and '.join(self.names[i] for i in found)
             raise UserError(f'cam={name!r} is the name of {several}: name one of these')
-        close = difflib.get_close_matches(name.lower(), [*described, *self.names], n=1)
-        meant = f'did you mean {close[0]!r}?' if close else f'choose one such as {", ".join(self.names[:3])}'
+        otherwise = f'choose one such as {", ".join(self.names[:3])}'
+        meant = did_you_mean(name.lower(), [*described, *self.names], otherwise)
         raise UserError(f'cam={name!r} is no class of the model: {meant}')

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmseg_inceptionnext.errors import UserError
-from mmseg_inceptionnext.inference.tiles import Cell, Region
+from mmseg_inceptionnext.inference.tiles import Cell, Region, largest_class
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class ClassLogits:
 
     channels: int
     of: Callable[[int], Tensor]
+
+    def label_map(self) -> Tensor:
+        """Return the class of the largest logit of every pixel, (1, height, width), int64; of equal ones, the first."""
+        return largest_class(self.channels, self.of)[None].long()
 
     def confidence_and_entropy(self, labels: Tensor, temperature: float = 1) -> tuple[Tensor, Tensor]:
         """Return the probability of the label of every pixel, and the entropy of all classes in nats.

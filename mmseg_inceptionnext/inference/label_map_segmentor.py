@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from mmengine.structures import PixelData
@@ -15,7 +15,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 
 from mmseg_inceptionnext.inference.confidence import ClassLogits
-from mmseg_inceptionnext.inference.tiles import Grid, Window, largest_class, mean_logits
+from mmseg_inceptionnext.inference.tiles import Grid, Window, mean_logits
 from mmseg_inceptionnext.models.build import heads_of
 
 
@@ -32,6 +32,8 @@ class LabelMapSegmentor(EncoderDecoder):
     mmseg's ``predict`` runs for ``test_cfg=dict(return_logits=True)``, which its SegTTAModel needs, a single output
     channel with a threshold, and a head with its own ``predict``.
     """
+
+    label_map: Callable[..., Tensor] | None = None  # a kernel, which use_kernels puts here
 
     def predict(self, inputs: Tensor, data_samples: list[SegDataSample] | None = None) -> list[SegDataSample]:
         """Predict label maps.
@@ -56,17 +58,13 @@ class LabelMapSegmentor(EncoderDecoder):
             sample.set_data({'pred_sem_seg': PixelData(data=label), 'class_logits': logits})
         return data_samples
 
-    @staticmethod
-    def label_map(logits: Tensor, input_size: tuple[int, int], meta: dict, align_corners: bool) -> Tensor:
-        """See the function; :func:`~mmseg_inceptionnext.models.kernels.use_kernels` puts a kernel here."""
-        return label_map(logits, input_size, meta, align_corners)
-
     def _whole(self, inputs: Tensor, metas: list[dict]) -> Iterator[tuple[Tensor, ClassLogits]]:
         logits = self.decode_head.forward(self.extract_feat(inputs))
         size = network_size(metas[0])
         for image_logits, meta in zip(logits, metas, strict=True):
             arguments = image_logits, size, meta, self.align_corners
-            yield self.label_map(*arguments), class_logits(*arguments)
+            found = class_logits(*arguments)
+            yield self.label_map(*arguments) if self.label_map else found.label_map(), found
 
     def _slide(self, inputs: Tensor, metas: list[dict]) -> Iterator[tuple[Tensor, ClassLogits]]:
         size = tuple(inputs.shape[2:])
@@ -80,7 +78,7 @@ class LabelMapSegmentor(EncoderDecoder):
                 return at_original_size(mean(channel)[None], size, meta, self.align_corners)[0]
 
             found = ClassLogits(len(windows[0].logits), at_original)
-            yield largest_class(found.channels, found.of)[None].long(), found
+            yield found.label_map(), found
 
 
 def predicts_by_argmax(model: EncoderDecoder) -> bool:
@@ -127,8 +125,7 @@ def label_map(logits: Tensor, input_size: tuple[int, int], meta: dict, align_cor
 
     Arguments are those of :func:`class_logits`.
     """
-    found = class_logits(logits, input_size, meta, align_corners)
-    return largest_class(found.channels, found.of)[None].long()
+    return class_logits(logits, input_size, meta, align_corners).label_map()
 
 
 def class_logits(logits: Tensor, input_size: tuple[int, int], meta: dict, align_corners: bool) -> ClassLogits:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections import Counter
@@ -27,7 +26,7 @@ from mmseg_inceptionnext.images import is_tiff
 from mmseg_inceptionnext.inference.geotiff import POLYGON_SUFFIXES, segment_raster
 from mmseg_inceptionnext.inference.manifest import Manifest
 from mmseg_inceptionnext.inference.segmentor import Segmentation, Segmentor, check_unsure_code
-from mmseg_inceptionnext.inference.sources import Output, Source, shard_of
+from mmseg_inceptionnext.inference.sources import Output, Source, existing_outputs, shard_of
 
 _READERS = 2
 _BATCHES_AHEAD = 2  # of the one that is waited for: one for each stream
@@ -96,10 +95,8 @@ def predict(
     everything = sources
     if shard:
         sources = shard_of(sources, shard)
-    inputs = {os.path.realpath(source.path) for source in everything}
-    existing = [path for source in sources for path in output.paths_of(source, is_raster(source)) if path.exists()]
-    if own := [path for path in existing if os.path.realpath(path) in inputs]:
-        raise UserError(f'{own[0]} would be written, but is one of the images to read: choose another out=DIR')
+    outputs = (path for source in sources for path in output.paths_of(source, is_raster(source)))
+    existing = existing_outputs(outputs, everything)
     is_kept = Manifest.is_in(output.folder)
     if existing and not overwrite and not (skip_existing and is_kept):
         more = f' and {len(existing) - 1} more' if len(existing) > 1 else ''

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -28,7 +27,7 @@ from mmseg_inceptionnext.config_files import find_config, read_config, require, 
 from mmseg_inceptionnext.data.pipeline import leaf_datasets, pipeline_for_arrays
 from mmseg_inceptionnext.device import find_device
 from mmseg_inceptionnext.drawing import add_legend, draw_overlay, hatch
-from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.errors import UserError, did_you_mean
 from mmseg_inceptionnext.files import file_digest
 from mmseg_inceptionnext.images import as_rgb, read_image, swap_rgb
 from mmseg_inceptionnext.inference.cam import class_activation_map
@@ -458,9 +457,8 @@ class Segmentor:
         if checkpoint is None:
             raise UserError(f'{config} has no gradients: maps of a class need config and checkpoint')
         if name not in self.classes.names:
-            close = difflib.get_close_matches(name, self.classes.names, n=1)
-            known = f'did you mean {close[0]!r}?' if close else f'choose one of {", ".join(self.classes.names)}'
-            raise UserError(f'cam={name!r} is no class of the model: {known}')
+            meant = did_you_mean(name, self.classes.names, f'choose one of {", ".join(self.classes.names)}')
+            raise UserError(f'cam={name!r} is no class of the model: {meant}')
         pixels = self.read(image)
         prepared = self.prepare(pixels)
         if 'tile' in prepared:

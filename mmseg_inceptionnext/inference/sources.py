@@ -136,6 +136,19 @@ def _inside(name: Path) -> Path:
     return Path(*folders, Path(file).with_suffix(''))
 
 
+def existing_outputs(outputs: Iterable[Path], sources: Sequence[Source]) -> list[Path]:
+    """Return the outputs that are there already.
+
+    Raises:
+        UserError: One of them is a source.
+    """
+    inputs = {os.path.realpath(source.path) for source in sources}
+    existing = [path for path in outputs if path.exists()]
+    if own := [path for path in existing if os.path.realpath(path) in inputs]:
+        raise UserError(f'{own[0]} would be written, but is one of the images to read: choose another out=DIR')
+    return existing
+
+
 @dataclass(frozen=True)
 class Output:
     """What to write for each source.

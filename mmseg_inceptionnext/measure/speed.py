@@ -178,8 +178,6 @@ def _check(setting: Setting, configs: Sequence[str], checkpoints: Sequence[str])
         raise UserError(f'shape={tuple(setting.shape)}: no model takes less than {LARGEST_STRIDE} pixels a side')
     if setting.data_root is not None and setting.task != 'fps':
         raise UserError(f"data_root={setting.data_root!r} goes with task='fps': other tasks measure synthetic input")
-    if setting.fast and setting.task == 'train':
-        raise UserError("fast=True is for inference: it does not go with task='train'")
     if setting.fast and setting.layout is not None:
         raise UserError(f'fast=True chooses the layout: leave layout={setting.layout!r} out')
     if setting.precision == 'auto' and setting.task != 'fps':

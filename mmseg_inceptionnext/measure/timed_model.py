@@ -26,6 +26,7 @@ from mmseg_inceptionnext.inference.precision import faster
 from mmseg_inceptionnext.measure.imagenet import imagenet_config, is_imagenet_model
 from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.models.kernels import use_kernels
+from mmseg_inceptionnext.training.faster_steps import speed_up_steps
 from mmseg_inceptionnext.training.mixed_precision import amp_optim_wrapper
 
 TASKS = ('fps', 'train', 'backbone')
@@ -53,7 +54,7 @@ class Setting:
         compile: Run backbone, neck and head through ``torch.compile``.
         layout: 'nchw', 'channels_last', or 'best': the faster of the two for each config.
         fast: Measure what ``optimize_for_inference`` returns, in the layout that it chooses; for the backbone, the
-            forward pass alone.
+            forward pass alone. For 'train', the steps of tools/train.py.
         data: Data file of a data set of one's own, to which every config is fitted.
         kernels: Compute by :mod:`mmseg_inceptionnext.models.kernels`, on a GPU; with or without ``fast``.
         round_seconds: A round repeats its step until it lasts about that long.
@@ -87,6 +88,8 @@ class TimedModel:
         self.precision, self.model = setting.precision, self._build(checkpoint)
         if setting.precision == 'auto':
             self.precision, self.model = self._faster_precision()
+        elif setting.fast and setting.task == 'train':
+            speed_up_steps(self.model)
         elif setting.fast:
             self.model = self._optimized(setting.precision)
         elif setting.kernels:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.errors import UserError, did_you_mean
 
 # Table 3. Its Atto column misprints two widths; these are the released model's, and give the printed 4.2 M parameters.
 ARCHS = {
@@ -120,8 +119,7 @@ def resolve_metanext_arch(arch: str | Mapping) -> MetaNeXtArch:
         if arch in ARCHS or arch in [name[0] for name in ARCHS]:
             arch = f'inceptionnext_{next(name for name in ARCHS if name.startswith(arch))}'
         if arch not in METANEXT_ARCHS:
-            close = difflib.get_close_matches(arch, METANEXT_ARCHS, n=1)
-            meant = f'did you mean {close[0]!r}?' if close else f'choose from {", ".join(map(repr, METANEXT_ARCHS))}'
+            meant = did_you_mean(arch, METANEXT_ARCHS, f'choose from {", ".join(map(repr, METANEXT_ARCHS))}')
             raise UserError(f'unknown arch {arch!r}: {meant}, or give a dict')
         arch = METANEXT_ARCHS[arch]
     elif 'band_kernel_size' in arch:

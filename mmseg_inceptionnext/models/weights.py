@@ -70,7 +70,7 @@ def load_pretrained(backbone: nn.Module, source: str) -> None:
     )
 
 
-def load_classifier(model: nn.Module, source: str, finetune: bool = False) -> dict:
+def load_classifier(model: nn.Module, source: str | Path, finetune: bool = False) -> dict:
     """Load a trained ImageNet classifier, all of it or nothing.
 
     Args:

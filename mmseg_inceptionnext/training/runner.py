@@ -37,6 +37,7 @@ from mmseg_inceptionnext.files import atomic_write, system_fault
 from mmseg_inceptionnext.labels import check_same_classes
 from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.models.weights import load_for_finetuning
+from mmseg_inceptionnext.training.faster_steps import speed_up_steps
 from mmseg_inceptionnext.training.follow_config import differences, follow_config, settings_of
 from mmseg_inceptionnext.training.hooks.checkpoint import SafeCheckpointHook
 from mmseg_inceptionnext.training.hooks.early_stopping import ResumableEarlyStoppingHook  # noqa: F401  registers
@@ -137,6 +138,7 @@ class FaultTolerantMixin:
             # All weights come from the checkpoint: pretrained ones need not be fetched only to be overwritten.
             model = self.model.module if is_model_wrapper(self.model) else self.model
             model.init_cfg = model.backbone.init_cfg = None
+        speed_up_steps(self.model)
         try:
             with self.stop_signal, self.noticing_dead_ranks(), self.closing_progress():
                 try:

@@ -316,6 +316,14 @@ def test_an_image_without_a_mask_and_a_mask_without_an_image_are_named(tmp_path,
     assert_user_error(tool_here('train', TINY_CONFIG, '--data', 'd.yaml'), '3.jpg', '1 of 6 images have no annotation')
 
 
+@pytest.mark.parametrize(
+    ('recipe', 'epochs'), [('upernet/inceptionnext_t', 127), ('camvid/fpn_a', 131), ('mini/fpn_inceptionnext_a', 75)]
+)
+def test_images_are_seen_as_often_as_the_recipe_sees_its_own(tmp_path, recipe, epochs):
+    cfg = load_config(recipe, tmp_path / 'w', data=write(tmp_path / 'data', FORMS['ignored id']))
+    assert cfg.epochs == epochs and 'train_images' not in cfg
+
+
 def test_what_the_user_sets_wins(tmp_path):
     content = write(tmp_path / 'data', FORMS['ignored id'])
     cfg = load_config('fpn/inceptionnext_t', tmp_path / 'w', data=content)

@@ -63,7 +63,7 @@ def test_measures_and_survives_a_config_that_does_not_build(tmp_path):
 @pytest.mark.parametrize(
     'setting',
     [
-        Setting('train', shape=(64, 64), precision='bf16', repeat=1),
+        Setting('train', shape=(64, 64), fast=True, precision='bf16', repeat=1),
         pytest.param(Setting('backbone', shape=(64, 64), batch_size=2, repeat=1), marks=pytest.mark.slow),
         Setting(shape=(64, 96), fast=True, repeat=1),
         Setting(shape=(64, 96), fast=True, precision='bf16', repeat=1),
@@ -101,7 +101,6 @@ def test_real_images(mini_root):
         (Setting(precision='tf32'), [], "'tf32' needs a GPU"),
         (Setting('train', precision='fp16'), [], "'fp16' needs a GPU"),
         (Setting('train', precision='auto'), [], "precision='auto' goes with task='fps'"),
-        (Setting('train', fast=True), [], 'fast=True is for inference'),
         (Setting(fast=True, layout='nchw'), [], 'fast=True chooses the layout'),
     ],
     ids=str,

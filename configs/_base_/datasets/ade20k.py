@@ -1,4 +1,5 @@
 data_root = 'data/ade/ADEChallengeData2016'
+train_images = 20210  # that the schedule is made for: a data set of one's own gets as many epochs
 num_classes = 150
 crop_size = (512, 512)
 test_scale = (2048, 512)

@@ -1,6 +1,7 @@
 # CamVid with 11 classes at 480×360: 367 images to train on, 101 to validate, 233 to test (docs/camvid.md).
 _base_ = './ade20k.py'
 data_root = 'data/camvid'
+train_images = 367
 num_classes = 11
 crop_size = (320, 320)
 test_scale = (480, 360)

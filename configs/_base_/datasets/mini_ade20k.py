@@ -1,4 +1,5 @@
 _base_ = './ade20k.py'
+train_images = 64
 crop_size = (128, 128)
 test_scale = (640, 160)
 

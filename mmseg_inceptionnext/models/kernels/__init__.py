@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from mmseg_inceptionnext.errors import MissingPackage, UserError
 from mmseg_inceptionnext.models.late_upsample_uper_head import LateUpsampleConv2d
 from mmseg_inceptionnext.models.token_mixers import InceptionDWConv2d
 from mmseg_inceptionnext.models.winograd import custom_functions_work
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 
 def use_kernels(model: nn.Module) -> nn.Module:
@@ -43,6 +47,7 @@ def use_kernels(model: nn.Module) -> nn.Module:
 
 def _swap(model: nn.Module) -> int:
     """Replace all parts of a model that have a kernel; return how many."""
+    from mmseg_inceptionnext.inference.label_map_segmentor import label_map
     from mmseg_inceptionnext.models.kernels.label_map import label_map_by_kernel
     from mmseg_inceptionnext.models.kernels.token_mixer import FusedInceptionDWConv2d
     from mmseg_inceptionnext.models.kernels.up_sampled_sum import add_up_sampled_by_kernel
@@ -57,7 +62,7 @@ def _swap(model: nn.Module) -> int:
             continue
         number += 1
     if hasattr(model, 'label_map'):  # a LabelMapSegmentor
-        model.label_map = partial(label_map_by_kernel, plain=type(model).label_map)
+        model.label_map = partial(label_map_by_kernel, plain=label_map)
         number += 1
     return number
 
@@ -66,6 +71,13 @@ def _has_all_branches(mixer: InceptionDWConv2d) -> bool:
     """Return whether a token mixer is the paper's, none of its ablations."""
     convs = (mixer.dwconv_hw, mixer.dwconv_w, mixer.dwconv_h)
     return not mixer.sequential and all(isinstance(conv, nn.Conv2d) for conv in convs)
+
+
+def sum_dtype(x: Tensor) -> tl.dtype:
+    """Return what a kernel sums a tensor in."""
+    import triton.language as tl
+
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 def kernels_run(x: Tensor) -> bool:

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmseg_inceptionnext.models.kernels import kernels_run
+from mmseg_inceptionnext.models.kernels import kernels_run, sum_dtype
 from mmseg_inceptionnext.models.token_mixers import InceptionDWConv2d
 
 _PARTS = 128  # of the pixels, in the sums of the weights' gradient
@@ -83,7 +83,7 @@ def _mixed(x: Tensor, parameters: tuple[Tensor, ...], gradient: bool) -> Tensor:
         _mix[grid](
             x, out, *(parameter.contiguous() for parameter in parameters), channels - 3 * g, g, copied, height, width,
             *x.stride(), *out.stride(), SQUARE=weights[0].shape[3], BAND=weights[1].shape[3], GRADIENT=gradient,
-            PIXELS=pixels, BLOCK=block, DTYPE=_sum_dtype(x),
+            PIXELS=pixels, BLOCK=block, DTYPE=sum_dtype(x),
         )  # fmt: skip
     return out
 
@@ -99,7 +99,7 @@ def _parameter_gradients(x: Tensor, grad: Tensor, parameters: tuple[Tensor, ...]
     with torch.cuda.device_of(x):
         _sum_products[triton.cdiv(g, block), 3, parts](
             x, grad, sums, channels - 3 * g, g, n * height * width, height, width, *x.stride(), *grad.stride(),
-            SQUARE=square, BAND=band, TAPS=taps, PIXELS=pixels, BLOCK=block, DTYPE=_sum_dtype(x),
+            SQUARE=square, BAND=band, TAPS=taps, PIXELS=pixels, BLOCK=block, DTYPE=sum_dtype(x),
         )  # fmt: skip
     gradients = []
     for weight, of_branch in zip(weights, sums.sum(0), strict=True):
@@ -111,10 +111,6 @@ def _parameter_gradients(x: Tensor, grad: Tensor, parameters: tuple[Tensor, ...]
 def _tile(x: Tensor) -> tuple[int, int]:
     """Return the pixels and channels of a program: those that follow one another in memory."""
     return (64, 16) if x.stride(1) == 1 and x.shape[1] > 1 else (512, 1)
-
-
-def _sum_dtype(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 @triton.jit

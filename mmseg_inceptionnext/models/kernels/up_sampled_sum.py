@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmseg_inceptionnext.models.kernels import kernels_run
+from mmseg_inceptionnext.models.kernels import kernels_run, sum_dtype
 from mmseg_inceptionnext.models.late_upsample_uper_head import Taps, add_up_sampled
 
 _MAPS = 4  # of a kernel; a head of more takes the plain form
@@ -50,7 +50,7 @@ class _AddUpSampledByKernel(torch.autograd.Function):
         with torch.cuda.device_of(out):
             _add[grid](
                 out, result, *maps, channels, height, width, *out.stride(), *result.stride(), MAPS=len(products),
-                ALIGN=align_corners, PIXELS=_PIXELS, CHANNELS=_CHANNELS, DTYPE=_sum_dtype(out),
+                ALIGN=align_corners, PIXELS=_PIXELS, CHANNELS=_CHANNELS, DTYPE=sum_dtype(out),
             )  # fmt: skip
         return result
 
@@ -65,14 +65,10 @@ class _AddUpSampledByKernel(torch.autograd.Function):
             with torch.cuda.device_of(grad):
                 _gather[n * w * h, triton.cdiv(channels, _CHANNELS)](
                     grad, found, h, w, channels, height, width, *grad.stride(),
-                    ALIGN=ctx.align_corners, CHANNELS=_CHANNELS, DTYPE=_sum_dtype(grad),
+                    ALIGN=ctx.align_corners, CHANNELS=_CHANNELS, DTYPE=sum_dtype(grad),
                 )  # fmt: skip
             grads.append(found)
         return grad, None, *grads
-
-
-def _sum_dtype(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 @triton.jit
