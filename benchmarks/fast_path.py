@@ -12,18 +12,22 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from mmengine.structures import PixelData
 from mmseg.models.segmentors import EncoderDecoder, SegTTAModel
 from mmseg.structures import SegDataSample
+from torch import nn
 
 from mmseg_inceptionnext.command_line import exit_if_any_failed, markdown_table, run
 from mmseg_inceptionnext.config import read_config
 from mmseg_inceptionnext.data.pipeline import TTA_RATIOS
+from mmseg_inceptionnext.device import keep_freed_memory
 from mmseg_inceptionnext.inference.label_map_segmentor import label_map
 from mmseg_inceptionnext.inference.multi_scale_segmentor import multi_scale_label_map
 from mmseg_inceptionnext.measure.complexity import measure_complexity
 from mmseg_inceptionnext.measure.speed import interleave, measure_speed
 from mmseg_inceptionnext.measure.timed_model import Setting
 from mmseg_inceptionnext.models.build import build_segmentor
+from mmseg_inceptionnext.models.up_sampled_cross_entropy import use_up_sampled_cross_entropy
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / 'configs'
@@ -151,6 +155,22 @@ def tail_of_multi_scale(repeat: int) -> None:
                repeat)  # fmt: skip
 
 
+def loss(repeat: int) -> None:
+    """From the logits of a head to loss and gradient, of a batch at the recipe's crop."""
+    keep_freed_memory()  # as in a training, for both
+    logits = F.interpolate(torch.randn(2, 150, 16, 16), (128, 128), mode='bicubic').requires_grad_()
+    labels = torch.randint(150, (2, 1, 512, 512))
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=label)) for label in labels]
+
+    @torch.inference_mode(False)
+    def step(head: nn.Module) -> None:
+        torch.autograd.grad(head.loss_by_feat(logits, samples)['loss_ce'], logits)
+
+    stock, ours = segmentor().decode_head, use_up_sampled_cross_entropy(segmentor()).decode_head
+    print('\nFrom logits to loss and gradient, 150 classes, 2×512×512\n')
+    time_steps({"mmseg's loss_by_feat": lambda: step(stock), 'up_sampled_cross_entropy': lambda: step(ours)}, repeat)
+
+
 def segmentor() -> EncoderDecoder:
     return build_segmentor(read_config(OURS['UperNet']))
 
@@ -199,6 +219,7 @@ TABLES = {
     'train': training_step,
     'tail': tail,
     'tail-tta': tail_of_multi_scale,
+    'loss': loss,
 }
 
 

@@ -27,7 +27,9 @@ from mmseg_inceptionnext.files import write_text
 def main() -> None:
     parser = ToolParser('test', __doc__)
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint of a segmentor trained with it')
+    parser.add_argument(
+        'checkpoint', help='checkpoint of a segmentor trained with it, or an .onnx file that was exported from one'
+    )
     add_config_options(parser)
     parser.add_argument(
         '--out', metavar='DIR', type=output_folder, help='write predicted label maps, coded as the annotations are'

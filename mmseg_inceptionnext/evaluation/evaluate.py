@@ -24,9 +24,11 @@ from mmseg_inceptionnext.distributed import init_process_group
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.evaluation.boundary import BoundaryIoUMetric
 from mmseg_inceptionnext.evaluation.calibration import CalibrationMetric, TemperatureMetric
+from mmseg_inceptionnext.evaluation.exported import ExportedSegmentor
 from mmseg_inceptionnext.evaluation.metrics import ConfusionMetric, PerClassIoUMetric, mean_of_classes, rounded
 from mmseg_inceptionnext.evaluation.report import write_report
 from mmseg_inceptionnext.inference.multi_scale_segmentor import MultiScaleSegmentor
+from mmseg_inceptionnext.inference.onnx_model import is_onnx
 from mmseg_inceptionnext.inference.optimize import made_for
 from mmseg_inceptionnext.inference.precision import AutoPrecision, check_precision
 from mmseg_inceptionnext.inference.temperature import read_temperature, write_temperature
@@ -43,8 +45,9 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
 
     Args:
         cfg: A whole config, with ``work_dir`` set; it stays as it is.
-        checkpoint: Path of a segmentor trained with the config; every key and shape must agree. Of a classifier, also
-            what :func:`~mmseg_inceptionnext.models.weights.load_classifier` takes.
+        checkpoint: Path of a segmentor trained with the config; every key and shape must agree. Or of an .onnx file
+            that ``tools/export.py`` has made of one, which computes as it was exported to. Of a classifier, also what
+            :func:`~mmseg_inceptionnext.models.weights.load_classifier` takes.
         out: Folder for predicted label maps, as PNGs in the coding of the data set's annotations.
         show_dir: Folder for pictures of image, ground truth and prediction.
         fast: Apply :func:`~mmseg_inceptionnext.inference.optimize_for_inference` to the model first.
@@ -55,7 +58,8 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
             ``show_dir``. There is none if the config has ``test_evaluator.format_only`` or no ``seg_map_path``, or if
             that folder does not exist.
         precision: 'fp32', 'bf16', or 'auto': the faster of the two, which race for about a second on the first images.
-        details: Compute calibration and boundary IoU as well; with a report always.
+        details: Compute calibration and boundary IoU as well; with a report always. A file that returns labels alone
+            has no calibration.
         temperature: 'fit': fit one on the validation set first, and store it beside the checkpoint
             (:mod:`mmseg_inceptionnext.inference.temperature`). A stored one is used for the calibration; a multi-scale
             test averages probabilities without it.
@@ -69,8 +73,8 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
         ``{'accuracy/top1', 'accuracy/top5'}`` in percent.
 
     Raises:
-        UserError: The data set, the checkpoint or the metric cannot be read or does not fit the config, or there is no
-            such precision.
+        UserError: The data set, the checkpoint, the file or the metric cannot be read or does not fit the config, or
+            there is no such precision.
     """
     check_precision(precision)
     if temperature not in (None, 'fit'):
@@ -99,7 +103,14 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
     if tta:
         use_multi_scale(cfg.test_dataloader.dataset)
     check_data(cfg, 'test')
-    content = read_checkpoint(checkpoint)
+    exported = content = None
+    if is_onnx(checkpoint):
+        for name, value in dict(tta=tta, temperature=temperature, precision=precision != 'fp32' and precision).items():
+            if value:
+                raise UserError(f'{name}={value!r} is for checkpoints, {checkpoint} is an exported file: drop it')
+        exported = ExportedSegmentor(checkpoint, cfg)
+    else:
+        content = read_checkpoint(checkpoint)
     init_process_group(cfg.get('launcher', 'none'), cfg.get('env_cfg', {}).get('dist_cfg'))
     if out is not None:
         metric_cfg.output_dir = str(out)
@@ -108,17 +119,23 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
     kept = {'ignore_index': metric_cfg.ignore_index} if 'ignore_index' in metric_cfg else {}
     if temperature == 'fit':
         _fit_temperature(cfg, content, checkpoint, fast, precision, kept)
-    temperature = 1.0 if tta else read_temperature(checkpoint)
+    temperature = exported.temperature if exported else 1.0 if tta else read_temperature(checkpoint)
     details = (details or report is not None) and not no_truth
+    is_sure = details and (exported is None or exported.is_sure)
     if report is not None:
         cfg.test_evaluator = [*_listed(cfg.test_evaluator), dict(type='ConfusionMetric', **kept)]
     if details:
-        more = [dict(type='CalibrationMetric', temperature=temperature, **kept), dict(type='BoundaryIoUMetric', **kept)]
-        cfg.test_evaluator = [*_listed(cfg.test_evaluator), *more]
+        cfg.test_evaluator = [*_listed(cfg.test_evaluator), dict(type='BoundaryIoUMetric', **kept)]
+    if is_sure:
+        cfg.test_evaluator.append(dict(type='CalibrationMetric', temperature=temperature, **kept))
     if show_dir is not None:
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='OverlayHook', out_dir=str(show_dir))]
 
-    runner = _runner(cfg, content, checkpoint, fast, tta, precision)
+    if exported:
+        runner = _bare_runner(cfg)
+        runner.model = exported
+    else:
+        runner = _runner(cfg, content, checkpoint, fast, tta, precision)
     if out is not None or show_dir is not None:
         _check_names_differ(runner.test_dataloader.dataset)
     metrics = runner.test()
@@ -129,16 +146,18 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
     figures = dict(_metric(runner, PerClassIoUMetric).figures)
     per_class = figures.pop('per_class')
     figures |= {key: float(value) for key, value in metrics.items() if key not in figures and isinstance(value, Real)}
-    figures['per_class'] = per_class
     if details:
         ious = _metric(runner, BoundaryIoUMetric).ious
         for row, iou in zip(per_class.values(), ious, strict=True):
             others = {key: row.pop(key) for key in list(row) if key != 'IoU'}
             row |= dict(BoundaryIoU=rounded(iou)) | others
-        calibration = dict(_metric(runner, CalibrationMetric).figures)
-        figures |= dict(mBoundaryIoU=rounded(mean_of_classes(ious)), ECE=calibration.pop('ECE'))
-        figures['per_class'] = figures.pop('per_class')
-        figures['calibration'] = calibration | dict(temperature=temperature)
+        figures['mBoundaryIoU'] = rounded(mean_of_classes(ious))
+    calibration = {}
+    if is_sure:
+        found = dict(_metric(runner, CalibrationMetric).figures)
+        figures['ECE'] = found.pop('ECE')
+        calibration = dict(calibration=found | dict(temperature=temperature))
+    figures |= dict(per_class=per_class, **calibration)
     if report is not None:
         images = _metric(runner, ConfusionMetric).images
         write_report(report, figures, images, runner.test_dataloader.dataset.metainfo, cfg, checkpoint, report_images)

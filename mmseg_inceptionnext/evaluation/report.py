@@ -56,6 +56,7 @@ def write_report(folder: str | Path, figures: dict, images: Sequence[EvaluatedIm
     palette = [tuple(map(int, colour)) for colour in meta['palette']]
     confusion = total_confusion(images, len(classes))
     ranked = sorted((image for image in images if len(image.pairs)), key=lambda image: image.miou)
+    calibration = figures.get('calibration')  # none of a file that returns labels alone
     headline = {key: value for key, value in figures.items() if key not in ('per_class', 'calibration')}
     report = {
         **headline,
@@ -63,7 +64,7 @@ def write_report(folder: str | Path, figures: dict, images: Sequence[EvaluatedIm
             name: {**figures['per_class'][name], 'pixels': int(pixels)}
             for name, pixels in zip(classes, confusion.sum(1), strict=True)
         },
-        'calibration': figures['calibration'],
+        'calibration': calibration,
         'confused_pairs': confused_classes(confusion, classes),
         'images': [
             {'path': image.path, 'mIoU': round(image.miou, 2), 'aAcc': round(image.aacc, 2)} for image in ranked
@@ -87,7 +88,7 @@ def write_report(folder: str | Path, figures: dict, images: Sequence[EvaluatedIm
         labelled_pixels=int(confusion.sum()),
         pairs=report['confused_pairs'][:_PAIRS_SHOWN],
         heat_map=_heat_map(confusion, classes) if confusion.any() else None,  # all may be unlabelled
-        calibration=_calibration_charts(figures['calibration']) if confusion.any() else None,
+        calibration=_calibration_charts(calibration) if calibration and confusion.any() else None,
         galleries={
             title: [_panels(image, classes, palette) for image in chosen]
             for title, chosen in choose_images(ranked, num_images).items()

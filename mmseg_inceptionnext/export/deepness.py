@@ -24,12 +24,11 @@ from mmseg_inceptionnext.export.export import (
     mmseg_logits,
     quiet_exporters,
     real_image,
-    resize_transforms,
     to_onnx,
 )
 from mmseg_inceptionnext.export.exportable import ExportableSegmentor, threshold_of
 from mmseg_inceptionnext.files import atomic_write
-from mmseg_inceptionnext.inference.onnx_model import Contract, is_onnx, two_logits
+from mmseg_inceptionnext.inference.onnx_model import Contract, is_onnx, resize_transforms, two_logits
 from mmseg_inceptionnext.inference.runtimes import import_onnx
 from mmseg_inceptionnext.inference.segmentor import load_trained
 from mmseg_inceptionnext.labels import Classes

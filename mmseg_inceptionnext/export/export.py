@@ -32,9 +32,9 @@ from mmseg_inceptionnext.inference.onnx_model import (
     MOST_PIXELS,
     Contract,
     OnnxModel,
-    check_resize,
     foreign_operators,
     is_onnx,
+    resize_transforms,
     two_logits,
 )
 from mmseg_inceptionnext.inference.runtimes import RUNTIMES, computes_bf16, import_onnx
@@ -202,20 +202,6 @@ def check_images(shape: tuple[int, int], number: int) -> None:
         raise UserError(f'shape={tuple(shape)}: these are more than {MOST_PIXELS} pixels')
     if number < 1:
         raise UserError('there is no image to compare on: pass verify=1 or more, or images=FILE')
-
-
-def resize_transforms(pipeline: list[dict]) -> tuple[dict, ...]:
-    """Return what a test pipeline for images in memory does between loading and packing.
-
-    Raises:
-        UserError: It does something else than resize.
-    """
-    try:
-        return tuple(check_resize(transform) for transform in pipeline[1:] if transform.type != 'PackSegInputs')
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f'the test pipeline cannot be exported ({error}): Resize to a scale and ResizeToMultiple can'
-        ) from error
 
 
 def _random_images(number: int, channels: int, shape: tuple[int, int], dynamic: bool) -> Iterator[np.ndarray]:

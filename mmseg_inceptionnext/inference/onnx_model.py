@@ -195,6 +195,20 @@ def check_resize(transform: dict) -> dict:
     return dict(type=kind) | {key: checks[key](value) for key, value in arguments.items()}
 
 
+def resize_transforms(pipeline: list[dict]) -> tuple[dict, ...]:
+    """Return what a test pipeline for images in memory does between loading and packing, as a contract's ``prepare``.
+
+    Raises:
+        UserError: It does something else than resize.
+    """
+    try:
+        return tuple(check_resize(transform) for transform in pipeline[1:] if transform.type != 'PackSegInputs')
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f'the test pipeline cannot be exported ({error}): Resize to a scale and ResizeToMultiple can'
+        ) from error
+
+
 def _pair(values) -> tuple[int, int]:
     first, second = values
     if not all(type(value) is int and value > 0 for value in (first, second)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from mmengine.device import get_device
-from mmengine.model import is_model_wrapper
+from mmengine.dist import get_world_size
 from torch import nn
 
 from mmseg_inceptionnext.models.up_sampled_cross_entropy import use_up_sampled_cross_entropy
@@ -13,14 +13,11 @@ from mmseg_inceptionnext.models.up_sampled_cross_entropy import use_up_sampled_c
 def speed_up_steps(model: nn.Module) -> None:
     """Let a model take its training steps faster, in place; on a CPU alone: elsewhere this has not been measured.
 
-    Weights and maps are laid out in channels_last, and losses computed by
-    :mod:`~mmseg_inceptionnext.models.up_sampled_cross_entropy`. A model that is wrapped for several processes keeps its
-    layout: the wrapper sends gradients in the one that it found.
+    Losses are computed by :mod:`~mmseg_inceptionnext.models.up_sampled_cross_entropy`; weights and maps are laid out in
+    channels_last. With several processes the layout stays: their wrappers expect gradients in that of the start.
     """
     if get_device() != 'cpu':
         return
-    if is_model_wrapper(model):
-        model = model.module
-    else:
+    if get_world_size() == 1:
         model.to(memory_format=torch.channels_last)
     use_up_sampled_cross_entropy(model)

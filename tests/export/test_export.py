@@ -25,9 +25,9 @@ from support import (
 
 from mmseg_inceptionnext import Segmentor, UserError
 from mmseg_inceptionnext.config import find_config
-from mmseg_inceptionnext.export.export import export, mmseg_logits, resize_transforms
+from mmseg_inceptionnext.export.export import export, mmseg_logits
 from mmseg_inceptionnext.inference import onnx_model
-from mmseg_inceptionnext.inference.onnx_model import OnnxModel
+from mmseg_inceptionnext.inference.onnx_model import OnnxModel, resize_transforms
 from mmseg_inceptionnext.inference.segmentor import load_trained
 from mmseg_inceptionnext.inference.temperature import write_temperature
 
