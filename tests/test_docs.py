@@ -177,6 +177,7 @@ def parser(script: str) -> argparse.ArgumentParser:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, 'parse_args', stop)
         patch.setattr(sys, 'argv', [script])
+        patch.syspath_prepend(str((ROOT / script).parent))  # as Python does
         with pytest.raises(Parsed) as parsed:
             runpy.run_path(str(ROOT / script))['main']()
     return parsed.value.args[0]

@@ -53,6 +53,7 @@ def test_a_config_of_another_run(tiny_cfg, exported):
         evaluate(cfg, exported[0])
     cfg = copy.deepcopy(tiny_cfg)
     cfg.test_dataloader.dataset.metainfo = dict(classes=['wall', 'sky'])
+    cfg.model.decode_head.num_classes = 2
     with pytest.raises(UserError, match='model.onnx has 150 classes, the data set 2: give the config of its run'):
         evaluate(cfg, exported[0])
 
