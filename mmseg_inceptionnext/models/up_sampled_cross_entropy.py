@@ -89,9 +89,9 @@ class _UpSampledCrossEntropy(torch.autograd.Function):
     """Compute loss and gradient at once, in blocks of rows.
 
     Of the up-sampled logits, which are the largest tensors of a training step, the plain way writes four to six copies:
-    themselves, their log softmax, both gradients, and what counts right labels. Each is larger than the cache, and many
-    are larger than what the memory allocator keeps, so that the system hands them out page by page. Here a block of
-    rows is up-sampled, turned into its part of loss and gradient, and its gradient down-sampled, before the next one.
+    themselves, their log softmax, both gradients, and what counts right labels; each is larger than the cache. Here a
+    block of rows is up-sampled, turned into its part of loss and gradient, and its gradient down-sampled, before the
+    next one.
 
     Why it is the same: up-sampling is linear, ``Z = R X Cᵀ`` for each class, with the matrices of linear interpolation
     over rows and columns. The gradient of the loss by Z is ``G = weight · (softmax(Z) - one-hot(label))``, and by X it
