@@ -1,18 +1,18 @@
-# InceptionNeXt-A with a narrow Semantic FPN on CamVid, from scratch; to train with --amp --ema --class-weights auto.
+# InceptionNeXt-A with a narrow Semantic FPN on CamVid at 720×540, from a model of fpn_a_half (docs/camvid.md).
 _base_ = [
     '../_base_/models/fpn_inceptionnext_t.py',
-    '../_base_/datasets/camvid.py',
+    '../_base_/datasets/camvid_720x540.py',
     '../_base_/schedules/camvid.py',
     '../_base_/default_runtime.py',
 ]
 model = dict(
     data_preprocessor=dict(size={{_base_.crop_size}}),
     backbone=dict(arch='atto', layer_scale_init_value=1.0, drop_path_rate=0.05),  # see configs/mini
-    neck=dict(in_channels=[40, 80, 160, 320], out_channels=128),
-    decode_head=dict(in_channels=[128, 128, 128, 128], num_classes=11),
+    neck=dict(in_channels=[40, 80, 160, 320], out_channels=64),
+    decode_head=dict(in_channels=[64, 64, 64, 64], channels=64, num_classes=11),
     auxiliary_head=dict(
         type='FCNHead',
-        in_channels=128,
+        in_channels=64,
         in_index=2,
         channels=64,
         num_convs=1,
@@ -24,4 +24,12 @@ model = dict(
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4),
     ),
 )
+# Half the batch and half the learning rate: with little time, more steps are worth more than larger ones.
+optim_wrapper = dict(optimizer=dict(lr=1e-3))
+train_cfg = dict(max_iters=3700, val_interval=1850)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type='PolyLR', power=0.9, eta_min=0.0, by_epoch=False, begin=100, end=3700),
+]
 default_hooks = dict(checkpoint=dict(interval=500))
+auto_scale_lr = dict(base_batch_size=4)  # 1 × 4

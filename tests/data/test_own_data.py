@@ -317,7 +317,8 @@ def test_an_image_without_a_mask_and_a_mask_without_an_image_are_named(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ('recipe', 'epochs'), [('upernet/inceptionnext_t', 127), ('camvid/fpn_a', 131), ('mini/fpn_inceptionnext_a', 75)]
+    ('recipe', 'epochs'),
+    [('upernet/inceptionnext_t', 127), ('camvid/upernet_a', 131), ('mini/fpn_inceptionnext_a', 75)],
 )
 def test_images_are_seen_as_often_as_the_recipe_sees_its_own(tmp_path, recipe, epochs):
     cfg = load_config(recipe, tmp_path / 'w', data=write(tmp_path / 'data', FORMS['ignored id']))

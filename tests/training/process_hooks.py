@@ -1,4 +1,4 @@
-"""Hooks for runs in processes of their own: what a test wants to know of each of them, or do to them."""
+"""Hooks and a model for runs in processes of their own: what a test wants to know of each of them, or do to them."""
 
 import json
 import os
@@ -7,7 +7,9 @@ from pathlib import Path
 
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
-from mmseg.registry import HOOKS
+from mmseg.models import EncoderDecoder
+from mmseg.registry import HOOKS, MODELS
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 _written: set[str] = set()
@@ -21,6 +23,18 @@ def _note(event: str, arguments: tuple) -> None:
 
 
 sys.addaudithook(_note)
+
+
+@MODELS.register_module()
+class Float64EncoderDecoder(EncoderDecoder):
+    """mmseg's, all of it in float64: of two trainings that should be the same, the rounding stays out of sight."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.double()
+
+    def extract_feat(self, inputs: Tensor) -> list[Tensor]:
+        return super().extract_feat(inputs.double())
 
 
 @HOOKS.register_module()
