@@ -318,7 +318,7 @@ def test_checkpoints_have_the_number_of_the_last_iteration():
         words = command.text.split()
         for config, checkpoint in zip(words, words[1:], strict=False):
             if match := re.fullmatch(r'(?:work_dirs/(.*)/)?iter_(\d+)\.pth', checkpoint):
-                config = match[1] if config == '--weights' else config
+                config = match[1] if config in ('--weights', '--finetune') else config
                 if 'imagenet' in config and find_spec('mmpretrain') is None:
                     continue  # make test-upstream is without it
                 cfg = Config.fromfile(find_config(ROOT / config if config.endswith('.py') else config))
