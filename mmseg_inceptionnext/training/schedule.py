@@ -19,7 +19,7 @@ from mmseg_inceptionnext.training.options import TrainOptions
 _FEWEST_ITERATIONS = 1000  # of a run whose length follows from its data
 
 # Arguments of mmengine's parameter schedulers that count iterations.
-_COUNTS = ('begin', 'end', 'T_max', 'step_size', 'total_steps', 'total_iters', 'milestones')
+_COUNTS = ('begin', 'end', 'T_max', 'step_size', 'total_steps', 'total_iters', 'milestones', 'periods')
 
 
 def set_iterations(cfg: Config, options: TrainOptions) -> None:
@@ -93,7 +93,7 @@ def stretch_ends(cfg: Config, last: int) -> None:
 
 def schedule_warning(cfg: Config) -> str:
     """Say that the schedulers end before the run does, if all do; an empty string if not."""
-    ends = [scheduler.get('end') for scheduler in _schedulers(cfg.get('param_scheduler'))]
+    ends = [_end(scheduler) for scheduler in _schedulers(cfg.get('param_scheduler'))]
     last = cfg.train_cfg.get('max_iters')
     if not ends or not last or not all(isinstance(end, int) and end < last for end in ends):
         return ''
@@ -105,12 +105,20 @@ def schedule_warning(cfg: Config) -> str:
 
 def schedule_text(schedulers: dict | Sequence[dict] | None) -> str:
     """Describe parameter schedulers: types, and the iterations that they begin and end with."""
-    parts = [f'{s["type"]} {s.get("begin", 0)}–{s.get("end", "")}' for s in _schedulers(schedulers)]
+    parts = [f'{s["type"]} {s.get("begin", 0)}–{_end(s)}' for s in _schedulers(schedulers)]
     return ', '.join(parts) or 'none'
 
 
 def _schedulers(schedulers: dict | Sequence[dict] | None) -> Sequence[dict]:
     return [schedulers] if isinstance(schedulers, dict) else schedulers or []
+
+
+def _end(scheduler: dict) -> int | str:
+    """Where a parameter scheduler ends; an empty string if it goes on for ever."""
+    ends = [scheduler['end']] if 'end' in scheduler else []
+    if 'periods' in scheduler:  # CosineRestartLR changes nothing after them
+        ends.append(scheduler.get('begin', 0) + sum(scheduler['periods']))
+    return min(ends, default='')
 
 
 def _change_counts(cfg: Config, change: Callable[[int], int]) -> None:

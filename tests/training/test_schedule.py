@@ -7,7 +7,7 @@ from mmseg_inceptionnext import UserError
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.config_files import read_config
 from mmseg_inceptionnext.training.options import TrainOptions
-from mmseg_inceptionnext.training.schedule import set_iterations, stretch_schedule
+from mmseg_inceptionnext.training.schedule import schedule_text, schedule_warning, set_iterations, stretch_schedule
 from mmseg_inceptionnext.training.train import plan
 
 
@@ -25,12 +25,25 @@ def test_a_schedule_of_other_kinds():
         dict(type='MultiStepLR', by_epoch=False, milestones=[20000, 30000]),
         dict(type='CosineAnnealingLR', by_epoch=False, T_max=40000),
         dict(type='StepLR', by_epoch=True, step_size=3),
+        dict(type='CosineRestartLR', by_epoch=False, begin=1000, periods=[29000, 10000], restart_weights=[1, 0.7]),
     ]
     cfg.train_cfg.update(val_begin=4000, dynamic_intervals=[(20000, 1000)])
     stretch_schedule(cfg, 4000)
-    steps, cosine, epochs = cfg.param_scheduler
+    steps, cosine, epochs, restarts = cfg.param_scheduler
     assert (steps.milestones, cosine.T_max, epochs.step_size) == ([2000, 3000], 4000, 3)
+    assert (restarts.begin, restarts.periods) == (100, [2900, 1000])
     assert (cfg.train_cfg.val_begin, cfg.train_cfg.dynamic_intervals) == (400, [(2000, 100)])
+
+
+def test_a_run_longer_than_its_restarts_is_told(tiny_cfg):
+    restarts = dict(type='CosineRestartLR', by_epoch=False, begin=2, periods=[5, 3], restart_weights=[1, 1], eta_min=0)
+    tiny_cfg.param_scheduler = [dict(type='LinearLR', by_epoch=False, end=2), restarts]
+    tiny_cfg.train_cfg.max_iters = 10
+    assert schedule_warning(tiny_cfg) == ''
+    tiny_cfg.train_cfg.max_iters = 20
+    assert 'ends at iteration 10 of 20' in schedule_warning(tiny_cfg)
+    stretch_schedule(tiny_cfg, 40)
+    assert schedule_text(tiny_cfg.param_scheduler) == 'LinearLR 0–4, CosineRestartLR 4–20'
 
 
 def test_epochs_are_counted_in_images(tiny_cfg):
