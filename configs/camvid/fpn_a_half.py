@@ -24,9 +24,9 @@ train_dataloader = dict(batch_size=8, dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
-train_cfg = dict(max_iters=2800, val_interval=1400)
+train_cfg = dict(max_iters=2000, val_interval=1000)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=200),
-    dict(type='PolyLR', power=0.9, eta_min=5e-4, by_epoch=False, begin=200, end=2800),
+    dict(type='PolyLR', power=0.9, eta_min=5e-4, by_epoch=False, begin=200, end=2000),
 ]
 auto_scale_lr = dict(base_batch_size=8)  # 1 × 8
