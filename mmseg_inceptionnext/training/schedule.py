@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -19,7 +20,7 @@ from mmseg_inceptionnext.training.options import TrainOptions
 _FEWEST_ITERATIONS = 1000  # of a run whose length follows from its data
 
 # Arguments of mmengine's parameter schedulers that count iterations.
-_COUNTS = ('begin', 'end', 'T_max', 'step_size', 'total_steps', 'total_iters', 'milestones', 'periods')
+_COUNTS = ('begin', 'end', 'T_max', 'step_size', 'total_steps', 'total_iters', 'milestones')
 
 
 def set_iterations(cfg: Config, options: TrainOptions) -> None:
@@ -114,7 +115,7 @@ def _schedulers(schedulers: dict | Sequence[dict] | None) -> Sequence[dict]:
 
 
 def _end(scheduler: dict) -> int | str:
-    """Where a parameter scheduler ends; an empty string if it goes on for ever."""
+    """Where a parameter scheduler ends; an empty string if it goes on as long as the run."""
     ends = [scheduler['end']] if 'end' in scheduler else []
     if 'periods' in scheduler:  # CosineRestartLR changes nothing after them
         ends.append(scheduler.get('begin', 0) + sum(scheduler['periods']))
@@ -126,6 +127,9 @@ def _change_counts(cfg: Config, change: Callable[[int], int]) -> None:
     for scheduler in _schedulers(cfg.get('param_scheduler')):
         if scheduler.get('by_epoch', True):
             continue
+        if 'periods' in scheduler:  # where each ends is what counts: rounded one by one, they would add up to more
+            ends = itertools.accumulate(scheduler['periods'], initial=scheduler.get('begin', 0))
+            scheduler['periods'] = [end - begin for begin, end in itertools.pairwise(map(change, ends))]
         for key in _COUNTS:
             value = scheduler.get(key)
             if isinstance(value, (list, tuple)):

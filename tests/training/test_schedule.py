@@ -7,7 +7,13 @@ from mmseg_inceptionnext import UserError
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.config_files import read_config
 from mmseg_inceptionnext.training.options import TrainOptions
-from mmseg_inceptionnext.training.schedule import schedule_text, schedule_warning, set_iterations, stretch_schedule
+from mmseg_inceptionnext.training.schedule import (
+    schedule_text,
+    schedule_warning,
+    set_iterations,
+    stretch_ends,
+    stretch_schedule,
+)
 from mmseg_inceptionnext.training.train import plan
 
 
@@ -44,6 +50,21 @@ def test_a_run_longer_than_its_restarts_is_told(tiny_cfg):
     assert 'ends at iteration 10 of 20' in schedule_warning(tiny_cfg)
     stretch_schedule(tiny_cfg, 40)
     assert schedule_text(tiny_cfg.param_scheduler) == 'LinearLR 0–4, CosineRestartLR 4–20'
+
+
+@pytest.mark.parametrize('iterations', [7, 100, 333, 12345])
+def test_many_restarts_end_with_the_run(tiny_cfg, iterations):
+    tiny_cfg.param_scheduler = [dict(type='CosineRestartLR', by_epoch=False, begin=30, periods=[197] * 10)]
+    tiny_cfg.train_cfg.max_iters = 2000
+    stretch_schedule(tiny_cfg, iterations)
+    assert schedule_text(tiny_cfg.param_scheduler).endswith(f'–{iterations}')
+
+
+def test_a_resumed_run_of_more_iterations_prolongs_the_last_restart(tiny_cfg):
+    tiny_cfg.param_scheduler = [dict(type='CosineRestartLR', by_epoch=False, begin=2, periods=[5, 3])]
+    tiny_cfg.train_cfg.max_iters = 20
+    stretch_ends(tiny_cfg, 10)
+    assert tiny_cfg.param_scheduler[0].periods == [5, 13]
 
 
 def test_epochs_are_counted_in_images(tiny_cfg):
