@@ -24,19 +24,21 @@ import numpy as np
 import pytest
 import rasterio
 from mmengine.config import Config
+from mmengine.registry import HOOKS
 from PIL import Image
 from support import ROOT, TINY_CONFIG, TINY_UPERNET
 
 from mmseg_inceptionnext.command_line import SHORT_NAMES
-from mmseg_inceptionnext.config import find_config, load_config
+from mmseg_inceptionnext.config import find_config, load_config, read_config
 from mmseg_inceptionnext.data import inspection
 from mmseg_inceptionnext.measure.paper import TABLE_6, TABLE_7
+from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.training.options import TrainOptions
 from mmseg_inceptionnext.training.train import train
 
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'SECURITY.md', *sorted((ROOT / 'docs').glob('*.md'))]
 
-# In a comment behind a command, or on the line before a paragraph of them: it is not run.
+# In a comment behind a command, on the line before a paragraph of them, or in a block of Python: it is not run.
 MARKS = ('needs GPUs', 'needs SLURM', 'needs MPI', 'needs several machines', 'needs a download', 'takes minutes')
 
 # Commands that something else runs: a file, and the words in it that do.
@@ -106,6 +108,14 @@ class Block:
 
     def __str__(self) -> str:
         return f'{self.page.relative_to(ROOT)}:{self.line}'
+
+    @property
+    def is_config(self) -> bool:
+        return self.text.startswith('_base_ = ')
+
+    @property
+    def is_marked(self) -> bool:
+        return any(f'  # {mark}' in self.text for mark in MARKS)
 
 
 @dataclass(frozen=True)
@@ -393,7 +403,8 @@ def without_checkpoints(folder: Path, hidden: bool) -> Iterator[None]:
 
 def to_run(page: Path) -> list[Command | Block]:
     """In the order of the page."""
-    found = [c for c in commands() if c.is_python and not c.mark and c.text not in ELSEWHERE] + blocks('python')
+    found = [c for c in commands() if c.is_python and not c.mark and c.text not in ELSEWHERE]
+    found += [block for block in blocks('python') if not block.is_marked]
     return sorted((item for item in found if item.page == page), key=lambda item: item.line)
 
 
@@ -401,6 +412,13 @@ def to_run(page: Path) -> list[Command | Block]:
 @pytest.mark.parametrize('page', filter(to_run, PAGES), ids=lambda page: page.name)
 def test_what_a_page_tells_to_run_runs(page, sandbox, run_here, monkeypatch):
     for item in to_run(page):
+        if isinstance(item, Block) and item.is_config:
+            (sandbox / 'snippet.py').write_text(item.text)
+            cfg = read_config(sandbox / 'snippet.py')
+            build_segmentor(cfg)
+            for hook in cfg.custom_hooks:
+                HOOKS.build(hook)
+            continue
         if isinstance(item, Block):
             monkeypatch.chdir(sandbox)
             code = re.sub(r"'([\w/]+)'", lambda match: repr(stand_in(match[1])), item.text)
