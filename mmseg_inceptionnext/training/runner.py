@@ -276,6 +276,7 @@ class FaultTolerantMixin:
         workers.check_limits()
         if loader.num_workers:
             share_temporary_folder()
+            disable_sigchld_handler()
         current = CurrentFiles(loader.num_workers)
         self._current_files.append((current, workers))
         skip = training and self.cfg.get('skip_bad_images', False)
@@ -287,7 +288,6 @@ class FaultTolerantMixin:
         """Build the training loop; if one rank gets no data, all stop together."""
         with self.naming_files_of_dead_workers():  # mmengine 0.10.7 starts the workers here
             loop = super().build_train_loop(loop)
-        disable_sigchld_handler()
         if hasattr(loop, 'dataloader_iterator'):  # a loop over epochs takes the data loader itself
             loop.dataloader_iterator = _CommonBatches(loop.dataloader_iterator, self, Workers.of(loop.dataloader))
         return loop
@@ -416,7 +416,6 @@ class _CommonBatches:
                 batch = next(self.batches)
         except (BadSample, Interrupted) as error:
             failure = error
-        disable_sigchld_handler()  # mmengine may have started the workers just now
         if any_rank(failure is not None):
             if any_rank(isinstance(failure, Interrupted)):
                 raise Interrupted from failure

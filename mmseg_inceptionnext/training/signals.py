@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from torch.utils.data._utils import signal_handling
+
 # SIGTERM and SIGUSR1 are what schedulers send before they kill; SIGINT is Ctrl-C.
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -72,11 +74,14 @@ class StopSignal:
 
 
 def disable_sigchld_handler() -> None:
-    """Disable torch's SIGCHLD handler, so that a dead worker raises when data are fetched, not anywhere.
+    """Keep torch's SIGCHLD handler out of this process: a dead worker raises when data are fetched, not anywhere.
 
-    Call this after torch has started workers, which installs the handler.
+    Call this before torch starts workers: with the first ones of a process, and only then, it installs the handler.
+    Here it does so at once, and the handler is taken away. If it were taken away after the start, it could raise
+    before, even while another fault of the workers is put into words.
     """
     if threading.current_thread() is threading.main_thread():
+        signal_handling._set_SIGCHLD_handler()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 

@@ -18,14 +18,15 @@ from mmcv.transforms import BaseTransform
 from mmengine.hooks import Hook
 from mmseg.registry import HOOKS, TRANSFORMS
 from support import ROOT, TINY_CONFIG, assert_user_error
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from mmseg_inceptionnext import UserError
 from mmseg_inceptionnext.device import SharedMemory, raise_open_file_limit
 from mmseg_inceptionnext.files import atomic_write
 from mmseg_inceptionnext.training import workers
 from mmseg_inceptionnext.training.options import TrainOptions
-from mmseg_inceptionnext.training.signals import Interrupted, StopSignal
+from mmseg_inceptionnext.training.signals import Interrupted, StopSignal, disable_sigchld_handler
 from mmseg_inceptionnext.training.train import run_result, train
 from mmseg_inceptionnext.training.workers import Workers, size_of
 
@@ -90,6 +91,13 @@ def test_a_worker_that_runs_out_of_open_files_leaves_no_run_waiting(files, under
     assert process.returncode in (0, 2), process.stderr
     if process.returncode:
         assert_user_error(process, 'files may be open in a process')
+
+
+def test_no_handler_raises_where_a_worker_dies(monkeypatch):
+    monkeypatch.setattr(signal_handling, '_SIGCHLD_handler_set', False)  # as in a process that had no workers yet
+    disable_sigchld_handler()
+    assert list(DataLoader(range(2), num_workers=1)) == [0, 1]
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_one_may():
