@@ -69,7 +69,7 @@ def segment_raster(
         scale: Values that become 0 and 255; others are clipped. Default: 8 bits as they are, and other values, too,
             if the model does not take 3 channels.
         polygons: Path of the polygons, ``.gpkg`` or ``.geojson``: in longitude and latitude, if the image has a CRS.
-        min_area: Polygons of fewer pixels are left out.
+        min_area: Polygons of fewer pixels are left out, but parts of regions: see :class:`~.polygons.Polygonizer`.
         batch_size: Tiles in one forward pass.
         on_progress: Called with the share of the image that was segmented since the last call.
         confidence: Write the labels' probabilities as the last band, 255 for 1. Such a file has no palette.
@@ -363,7 +363,7 @@ class _Polygons:
         self._polygonizer, self._min_area = Polygonizer(raster.size[1]), min_area
         a, b, c, d, e, f = raster.transform[:6]
         self._matrix, self._origin = np.array([(a, d), (b, e)]), np.array([c, f])
-        self._classes, self._waiting = classes, []
+        self._classes, self._waiting, self._has_parts = classes, [], False
         self._file = (_GeoPackage if path.suffix.lower() == '.gpkg' else _GeoJson)(path, raster.crs)
 
     def __enter__(self) -> _Polygons:
@@ -374,7 +374,11 @@ class _Polygons:
 
     def _take(self, polygons: Iterable[Polygon]) -> None:
         for polygon in polygons:
-            if (area := polygon.area) >= self._min_area:
+            if polygon.is_part and not self._has_parts:
+                self._has_parts = True
+                name = self._classes.names[polygon.label]
+                say(f'polygons: regions of millions of points, as one of {name}, are in several parts, cut along rows')
+            if (area := polygon.area) >= self._min_area or polygon.is_part:
                 rings = [ring @ self._matrix + self._origin for ring in polygon.ordered()]
                 code = self._classes.codes[polygon.label]
                 self._waiting.append((rings, self._classes.names[polygon.label], str(code), area))

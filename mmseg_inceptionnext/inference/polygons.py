@@ -1,4 +1,8 @@
-"""Label maps as polygons, strip by strip: what is held are the polygons that reach the last row, not the label map."""
+"""Label maps as polygons, strip by strip: what is held are the polygons that reach the last row, not the label map.
+
+A region with holes without number, as the ground between all trees, would be held like the map itself. So the points
+that are held have a limit, at which the largest polygon ends: its region goes on as other polygons.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 _MOST_PIXELS = 2**19  # that are made polygons at once: rasterio holds all of a call in memory
+_MOST_POINTS = 2**21  # of open polygons: some 80 MB
 
 
 class Ring:
@@ -48,16 +53,23 @@ class Polygon:
         label: The label.
         rings: Rings that rows to come may change: those that reach the last row.
         finished: The other rings.
+        is_part: Whether its region has other polygons, too: see :class:`Polygonizer`.
     """
 
     label: int
     rings: list[Ring]
     finished: list[Ring] = field(default_factory=list)
+    is_part: bool = False
 
     @property
     def area(self) -> int:
         """Its number of pixels."""
         return sum(ring.area for ring in (*self.rings, *self.finished))
+
+    @property
+    def number_of_points(self) -> int:
+        """Its number of points."""
+        return sum(len(ring.points) for ring in (*self.rings, *self.finished))
 
     def ordered(self) -> list[np.ndarray]:
         """Return the points of all rings, those of the outer one first."""
@@ -73,7 +85,8 @@ class Polygon:
 class Polygonizer:
     """Makes polygons of a label map that comes in strips of its full width, from the top.
 
-    They are those of the whole map: pieces that meet at the border of two strips become one.
+    They are those of the whole map: pieces that meet at the border of two strips become one. But where those that may
+    go on have more than 2**21 points, the largest ends at the row that was reached, and its region has several.
 
     Args:
         width: Width of the label map.
@@ -82,6 +95,7 @@ class Polygonizer:
     def __init__(self, width: int):
         self._width, self._row = width, 0
         self._open: list[Polygon] = []  # that reach the row before self._row
+        self._ended = np.full(width, -1)  # labels of those that ended at that row although their regions may go on
 
     def add(self, labels: np.ndarray, valid: np.ndarray | None = None) -> Iterator[Polygon]:
         """Take some rows, and yield the polygons that are complete now.
@@ -114,12 +128,26 @@ class Polygonizer:
                 self._open.append(polygon)
             else:
                 yield polygon
+        yield from self._end_largest()
+
+    def _end_largest(self) -> Iterator[Polygon]:
+        self._open.sort(key=lambda polygon: polygon.number_of_points)
+        points, ended = sum(polygon.number_of_points for polygon in self._open), []
+        while points > _MOST_POINTS:
+            ended.append(self._open.pop())
+            points -= ended[-1].number_of_points
+            ended[-1].is_part = True
+        at = self._at_line(ended, self._row, 0)
+        self._ended = np.array([*(polygon.label for polygon in ended), -1])[at]
+        yield from ended
 
     def _joined(self, above: list[Polygon], below: list[Polygon], y: int) -> Iterator[Polygon]:
         """Yield the polygons above and below a line, those with a common side on it as one."""
         polygons = [*above, *below]
         sides = [self._at_line(side, y, first) for side, first in ((above, 0), (below, len(above)))]
         label = np.array([polygon.label for polygon in polygons] or [0])
+        for i in np.unique(sides[1][(sides[1] >= 0) & (label[sides[1]] == self._ended)]):
+            polygons[i].is_part = True
         shared = (sides[0] >= 0) & (sides[1] >= 0)
         shared &= label[sides[0]] == label[sides[1]]
         groups = _Groups(len(polygons))
@@ -132,6 +160,7 @@ class Polygonizer:
             joined = max(group, key=lambda polygon: len(polygon.finished))
             if len(group) > 1:
                 for polygon in group:
+                    joined.is_part |= polygon.is_part
                     joined.finished += polygon.finished if polygon is not joined else []
                 joined.rings = _without_line([ring for polygon in group for ring in polygon.rings], y, shared)
             yield joined

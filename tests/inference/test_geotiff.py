@@ -221,6 +221,25 @@ def test_polygons_drawn_again_give_the_labels(tiled, tmp_path, suffix):
     assert pyogrio.read_info(tmp_path / f'p{suffix}')['features'] == 0
 
 
+def test_no_part_of_a_region_is_too_small(tiled, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(geotiff, 'say', said.append)
+    monkeypatch.setattr('mmseg_inceptionnext.inference.polygons._MOST_PIXELS', 10 * SIZE[1])
+    monkeypatch.setattr('mmseg_inceptionnext.inference.polygons._MOST_POINTS', 100)
+    path = write(tmp_path / 'a.tif', picture())
+    segment_raster(tiled, path, tmp_path / 'out.tif', polygons=tmp_path / 'p.gpkg', min_area=50)
+    assert ['in several parts' in line for line in said] == [True]
+    _, _, shapes, (_, codes, pixels) = pyogrio.raw.read(tmp_path / 'p.gpkg')
+    assert pixels.min() < 50
+    pairs = zip(map(geometry_of, shapes), map(int, codes), strict=True)
+    drawn = features.rasterize(pairs, SIZE, fill=0, transform=TRANSFORM, dtype='uint8')
+    labels = labels_of(tmp_path / 'out.tif')
+    assert np.array_equal(drawn[drawn > 0], labels[drawn > 0])
+    for shape, _ in features.shapes(labels):
+        region = features.rasterize([shape], SIZE, dtype='uint8') > 0
+        assert region.sum() < 50 or drawn[region].all()
+
+
 def geometry_of(content: bytes) -> dict:
     """GeoJSON of a polygon in well-known binary."""
     rings, at = [], 9
