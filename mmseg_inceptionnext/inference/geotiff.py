@@ -29,7 +29,7 @@ POLYGON_SUFFIXES = ('.gpkg', '.geojson')
 
 _BLOCK = 512  # side of the tiles of the files that are written
 _CACHE = 2**26  # bytes of decoded blocks that GDAL holds at least
-_FEATURES = 5000  # polygons that are written at once
+_POINTS = 2**17  # of polygons that are written at once, at least
 _LON_LAT = 'OGC:CRS84'  # coordinates of GeoJSON
 
 
@@ -363,7 +363,8 @@ class _Polygons:
         self._polygonizer, self._min_area = Polygonizer(raster.size[1]), min_area
         a, b, c, d, e, f = raster.transform[:6]
         self._matrix, self._origin = np.array([(a, d), (b, e)]), np.array([c, f])
-        self._classes, self._waiting, self._has_parts = classes, [], False
+        self._classes, self._has_parts = classes, False
+        self._waiting, self._points = [], 0  # polygons to be written, and their points
         self._file = (_GeoPackage if path.suffix.lower() == '.gpkg' else _GeoJson)(path, raster.crs)
 
     def __enter__(self) -> _Polygons:
@@ -382,12 +383,13 @@ class _Polygons:
                 rings = [ring @ self._matrix + self._origin for ring in polygon.ordered()]
                 code = self._classes.codes[polygon.label]
                 self._waiting.append((rings, self._classes.names[polygon.label], str(code), area))
-            if len(self._waiting) == _FEATURES:
-                self._flush()
+                self._points += polygon.number_of_points
+                if self._points >= _POINTS:
+                    self._flush()
 
     def _flush(self) -> None:
         self._file.write(self._waiting)
-        self._waiting = []
+        self._waiting, self._points = [], 0
 
     def __exit__(self, kind, *_) -> None:
         try:

@@ -224,6 +224,7 @@ def test_polygons_drawn_again_give_the_labels(tiled, tmp_path, suffix):
 def test_no_part_of_a_region_is_too_small(tiled, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(geotiff, 'say', said.append)
+    monkeypatch.setattr(geotiff, '_POINTS', 500)  # several writes
     monkeypatch.setattr('mmseg_inceptionnext.inference.polygons._MOST_PIXELS', 10 * SIZE[1])
     monkeypatch.setattr('mmseg_inceptionnext.inference.polygons._MOST_POINTS', 100)
     path = write(tmp_path / 'a.tif', picture())
