@@ -68,7 +68,7 @@ def check(args: argparse.Namespace) -> None:
     if found.ok:
         print(inspection_text(found))
         if args.write and args.data:
-            propose(Path(args.data).read_text(encoding='utf-8'), args.write)
+            propose(ignoring(args.data), args.write)
         return
     wrong = [entry for split in found.splits.values() for entry in split.wrong]
     for line in grouped(wrong):

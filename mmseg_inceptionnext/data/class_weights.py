@@ -42,8 +42,7 @@ def use_class_weights(cfg: Config, pixels: dict[str, int]) -> None:
     weights[there] /= weights[there].mean()
     listed = [round(float(weight), 4) for weight in weights]
     for _, head in heads(cfg.model):
-        losses = head.get('loss_decode') or []
-        weighted = [loss for loss in (losses if isinstance(losses, list) else [losses]) if _is_cross_entropy(loss)]
+        weighted = [loss for loss in losses_of(head) if _is_cross_entropy(loss)]
         if not weighted:
             raise UserError(
                 f"class_weights='auto': {head.type} has no CrossEntropyLoss, whose class_weight could be set"
@@ -52,6 +51,28 @@ def use_class_weights(cfg: Config, pixels: dict[str, int]) -> None:
             loss.class_weight = listed
     ranked = [f'{name} {weight:.2f}' for weight, name in sorted(zip(listed, pixels, strict=True))]
     say(f'class weights: {", ".join(ranked if len(ranked) <= 4 else [*ranked[:2], "…", *ranked[-2:]])}')
+
+
+def losses_of(head: ConfigDict) -> list[ConfigDict]:
+    """Return the configs of a head's losses."""
+    losses = head.get('loss_decode') or []
+    return losses if isinstance(losses, list) else [losses]
+
+
+def check_class_weights(model: ConfigDict) -> None:
+    """Check that losses have a weight for each class.
+
+    Raises:
+        UserError: One has more or fewer.
+    """
+    for name, head in heads(model):
+        for loss in losses_of(head):
+            weights, classes = loss.get('class_weight'), head.get('num_classes')
+            if isinstance(weights, (list, tuple)) and classes and len(weights) != classes:
+                raise UserError(
+                    f'model.{name}: class_weight of {loss.type} has {len(weights)} values for {classes} classes: '
+                    "correct it, or let class_weights='auto' set it"
+                )
 
 
 def read_counts(cfg: Config) -> dict[str, int] | None:

@@ -36,10 +36,12 @@ class Folders:
     Attributes:
         images: Folder of the images, relative to the data set's path, or absolute.
         masks: Folder of the masks; or a template of a mask's path, with ``{image_path.stem}`` and the like.
+        list: File with the names of the images, relative to their folder and without suffix; None for all.
     """
 
     images: str
     masks: str
+    list: str | None = None
 
 
 @dataclass(frozen=True)
@@ -172,16 +174,18 @@ def _text(value, key: str) -> str:
 def _folders(name: str, given, path: Path) -> Folders:
     if not isinstance(given, Mapping):
         raise UserError(f'{name}: {given!r} is not of the form {{images: FOLDER, masks: FOLDER}}')
-    _check_keys(given, ('images', 'masks'), f'key of {name}')
+    _check_keys(given, ('images', 'masks', 'list'), f'key of {name}')
     for key in ('images', 'masks'):
         if key not in given:
             raise UserError(f'{name}.{key} is missing')
-    folders = Folders(*(_text(given[key], f'{name}.{key}') for key in ('images', 'masks')))
+    folders = Folders(**{key: _text(value, f'{name}.{key}') for key, value in given.items()})
     for key, folder in (('images', folders.images), ('masks', folders.masks)):
         if '{' in folder and key == 'masks':
             _check_template(folder, name)
         elif not (path / folder).is_dir():
             raise MissingFile(f'{name}.{key}: there is no folder {path / folder}')
+    if folders.list and not (path / folders.list).is_file():
+        raise MissingFile(f'{name}.list: there is no file {path / folders.list}')
     return folders
 
 
@@ -254,10 +258,18 @@ def _classes(given, ignore, unlabelled: list[Code], base: Path) -> tuple[tuple[D
         ignored += parsed.pop(owner)[1]
     if not parsed:
         raise UserError('ignore_classes: no class is left')
+    if len(parsed) == 1:
+        ((name, _, _),) = parsed.values()
+        raise UserError(
+            f'classes: {name!r} is the only one that is not ignored, and nothing can be learned from one: name the '
+            f'background as well, such as {{0: background, 255: {name}}}'
+        )
     taken = {code for _, codes, _ in parsed.values() for code in codes}
     if is_colour == {True}:
         if odd := [code for code in ignored if not isinstance(code, tuple)]:
             raise UserError(f'ignore_classes: {odd[0]} is neither a colour nor the id of a class')
+    elif odd := [code for code in ignored if isinstance(code, tuple)]:
+        raise UserError(f'ignore_classes: {list(odd[0])} is a colour, but the classes are ids: give its id')
     elif _ALWAYS_IGNORED not in taken:
         ignored.append(_ALWAYS_IGNORED)
     classes = []
@@ -369,5 +381,5 @@ def _from_ultralytics(content: dict, path: Path) -> tuple[dict, list[Code]]:
         parts[len(parts) - 1 - parts[::-1].index('images')] = str(masks_dir)
         splits[name] = dict(images=str(images), masks=str(PurePosixPath(*parts)))
     classes = {key: dict(name=names[key], labels=sources) for key, sources in labels.items()}
-    kept = {key: content[key] for key in ('channels', 'val_fraction') if key in content}
+    kept = {key: content[key] for key in ('channels', 'val_fraction', 'ignore_classes') if key in content}
     return dict(splits, classes=classes, **kept), ignored

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from mmseg_inceptionnext.data.data_file import SPLITS
 from mmseg_inceptionnext.data.mask_coding import colour_of, mask_counts, named_errors, open_mask
 from mmseg_inceptionnext.data.sampling import evenly_spread
 from mmseg_inceptionnext.errors import MissingFile, UserError
@@ -22,10 +23,10 @@ _SPLIT_NAMES = {'train': ('train', 'training'), 'val': ('val', 'valid', 'validat
 
 @dataclass
 class _Layout:
-    """Folders of images and masks by split, relative to the root: (images, masks)."""
+    """Folders of images and masks by split, relative to the root, and a list of names where there is one."""
 
     name: str
-    splits: dict[str, tuple[str, str]] = field(default_factory=dict)
+    splits: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def draft_data_file(folder: str | Path) -> str:
@@ -48,7 +49,8 @@ def draft_data_file(folder: str | Path) -> str:
     if not masks:
         raise MissingFile(f'no mask in {root / layout.splits["train"][1]}')
     is_colour, counts = _count(masks)
-    splits = {name: dict(images=images, masks=mask) for name, (images, mask) in layout.splits.items()}
+    keys = 'images', 'masks', 'list'
+    splits = {name: dict(zip(keys, found, strict=False)) for name, found in layout.splits.items()}
     content = dict(path=str(root.absolute()), **splits)
     lines = [f'# {layout.name}; {len(masks)} masks were read. Replace the names of the classes by yours.']
     lines.append(yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True).rstrip())
@@ -57,9 +59,13 @@ def draft_data_file(folder: str | Path) -> str:
     return '\n'.join([*lines, *_class_lines(is_colour, counts)]) + '\n'
 
 
-def ignoring(path: str | Path, codes: Sequence[Code]) -> str:
-    """Return the text of a data file that ignores more ids or colours."""
+def ignoring(path: str | Path, codes: Sequence[Code] = ()) -> str:
+    """Return the text of a data file that ignores more ids or colours, and holds in any folder."""
     content = yaml.safe_load(Path(path).read_text(encoding='utf-8-sig'))
+    folder = Path(path).absolute().parent
+    content['path'] = str(Path(folder, Path(content.get('path', '.')).expanduser()).resolve())
+    if isinstance(content.get('classes'), str):
+        content['classes'] = str(folder / content['classes'])
     more = [list(code) if isinstance(code, (list, tuple)) else code for code in codes]
     content['ignore_classes'] = [*(content.get('ignore_classes') or []), *more]
     return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True)
@@ -88,7 +94,10 @@ def _cityscapes(root: Path) -> _Layout | None:
 def _voc(root: Path) -> _Layout | None:
     if not (root / 'JPEGImages').is_dir() or not (root / 'SegmentationClass').is_dir():
         return None
-    return _Layout('VOC', {'train': ('JPEGImages', 'SegmentationClass')})
+    folders = 'JPEGImages', 'SegmentationClass'  # most images of the first have no mask in the second
+    lists = {split: f'ImageSets/Segmentation/{split}.txt' for split in SPLITS}
+    splits = {split: (*folders, file) for split, file in lists.items() if (root / file).is_file()}
+    return _Layout('VOC', splits if 'train' in splits else {'train': folders})
 
 
 def _parallel_folders(root: Path) -> _Layout | None:

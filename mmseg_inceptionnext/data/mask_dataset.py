@@ -25,7 +25,8 @@ class MaskDataset(BaseSegDataset):
     """Images in folders, and a mask for each; :func:`~mmseg_inceptionnext.data.own_data.use_data_file` configures it.
 
     Images may lie in nested folders and have any suffix that is read. A mask has its image's relative path, with any
-    suffix, or the path that a template says.
+    suffix, or the path that a template says. ``ann_file`` may list the images, a name a line: relative to their folder,
+    without suffix.
 
     Args:
         metainfo: 'classes', 'palette'; 'labels', the ids or colours in the masks of each class; and 'ignored', those of
@@ -38,7 +39,7 @@ class MaskDataset(BaseSegDataset):
         **kwargs: Other arguments of mmseg's BaseSegDataset.
 
     Raises:
-        UserError: Two images, or two masks, have one name.
+        UserError: Two images, or two masks, have one name; or an image that is listed is not there.
     """
 
     def __init__(self, metainfo: dict, mask_template: str | None = None, part: str | None = None,
@@ -71,6 +72,8 @@ class MaskDataset(BaseSegDataset):
 
     def list_masks(self) -> set[str]:
         """List the paths of all files that may be masks, those without an image included."""
+        if self.ann_file:  # other masks are of images that are not listed
+            return {str(mask) for mask in self._masks_of(self._list_images()).values() if mask.is_file()}
         if not self.mask_template:
             return set(map(str, list_image_files(self.masks_folder)))
         tail = re.split(r'[}/\\]', self.mask_template)[-1]
@@ -89,7 +92,21 @@ class MaskDataset(BaseSegDataset):
         elif self.images_folder in self.masks_folder.parents:
             images = [image for image in images if self.masks_folder not in image.parents]
         _check_names_differ(images, self.images_folder)
-        return images
+        return self._listed(images) if self.ann_file else images
+
+    def _listed(self, images: list[Path]) -> list[Path]:
+        try:
+            lines = Path(self.ann_file).read_text(encoding='utf-8-sig').splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f'{self.ann_file} cannot be read: {error}') from error
+        names = {line.strip() for line in lines} - {''}
+        by_name = {image.relative_to(self.images_folder).with_suffix('').as_posix(): image for image in images}
+        if missing := sorted(names - by_name.keys()):
+            raise UserError(
+                f'{self.ann_file}: {self.images_folder} has no image {missing[0]!r}: names are relative to it, without '
+                'suffix'
+            )
+        return [image for name, image in by_name.items() if name in names]
 
     def _own_part(self, images: list[Path]) -> list[Path]:
         if self.part is None or not images:

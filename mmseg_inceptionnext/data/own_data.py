@@ -12,6 +12,7 @@ from mmengine.config import Config, ConfigDict
 
 from mmseg_inceptionnext.config_files import dicts_inside, heads, own_settings, require
 from mmseg_inceptionnext.data.check import list_samples, open_dataset
+from mmseg_inceptionnext.data.class_weights import losses_of
 from mmseg_inceptionnext.data.data_file import SPLITS, DataFile, Folders, read_data_file
 from mmseg_inceptionnext.data.ignore_index import use_one_ignore_index
 from mmseg_inceptionnext.data.pipeline import GROUND_TRUTH_TRANSFORMS, IMAGE_LOADERS, leaf_datasets
@@ -51,7 +52,11 @@ def use_data_file(cfg: Config, source: str | Path | Mapping[str, Any]) -> list[s
     numbers = ', '.join(f'{len(listed)} {split}' for split, listed in samples.items())
     held_out = f', {data.val_fraction:.0%} of them held out for validation' if data.val_fraction else ''
     lines = [f'data {data.path}: {numbers} images{held_out}']
-    lines += [*_set_classes(cfg, data), *_set_channels(cfg, data.channels, samples['train'])]
+    lines += [
+        *_set_classes(cfg, data),
+        *_drop_class_weights(cfg, data, own),
+        *_set_channels(cfg, data.channels, samples['train']),
+    ]
     lines += _set_sizes(cfg, _usual_size(samples['train']), own)
     if not ({'train_cfg', 'param_scheduler'} & own.keys()):
         lines += _set_epochs(cfg, recipe_images)
@@ -108,11 +113,12 @@ def _plain(codes: tuple) -> list:
 
 def _prefix(folders: Folders) -> dict:
     """Return the arguments of MaskDataset that say where images and masks lie."""
-    masks = folders.masks
+    masks, listed = folders.masks, dict(ann_file=folders.list) if folders.list else {}
     if '{' not in masks:
-        return dict(data_prefix=dict(img_path=folders.images, seg_map_path=masks))
+        return dict(data_prefix=dict(img_path=folders.images, seg_map_path=masks), **listed)
     fixed = masks.partition('{')[0].rpartition('/')[0]
-    return dict(data_prefix=dict(img_path=folders.images, seg_map_path=fixed or folders.images), mask_template=masks)
+    prefix = dict(img_path=folders.images, seg_map_path=fixed or folders.images)
+    return dict(data_prefix=prefix, mask_template=masks, **listed)
 
 
 def _read_masks(pipeline: list[dict], channels: int) -> list[dict]:
@@ -146,6 +152,20 @@ def _set_classes(cfg: Config, data: DataFile) -> Iterator[str]:
     names = ', '.join(cls.name for cls in data.classes[:5]) + (', …' if number > 5 else '')
     ignored = ', '.join(str(list(code) if isinstance(code, tuple) else code) for code in data.ignored)
     yield f'{number} classes ({names}) in every head; ignored in the masks: {ignored or "nothing"}'
+
+
+def _drop_class_weights(cfg: Config, data: DataFile, own: dict) -> Iterator[str]:
+    """Remove weights that were made for other classes: the recipe's, or those of the data set of a saved config."""
+    classes = (_leaf(own.get('train_dataloader')).get('metainfo') or {}).get('classes')
+    is_of_others = classes is not None and list(classes) != [cls.name for cls in data.classes]
+    dropped = False
+    for name, head in heads(cfg.model):
+        is_own = any('class_weight' in node for node in dicts_inside((own.get('model') or {}).get(name)))
+        if not is_own or is_of_others:
+            for loss in losses_of(head):
+                dropped |= loss.pop('class_weight', None) is not None
+    if dropped:
+        yield 'class_weight, made for other classes, is left out: `--class-weights auto` weighs these'
 
 
 def _set_channels(cfg: Config, channels: int, samples: list[dict]) -> Iterator[str]:

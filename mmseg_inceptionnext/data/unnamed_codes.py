@@ -10,7 +10,8 @@ from PIL import Image
 
 from mmseg_inceptionnext.data.mask_coding import MaskCoding, colour_of
 from mmseg_inceptionnext.drawing import draw_overlay, save_picture
-from mmseg_inceptionnext.images import read_image
+from mmseg_inceptionnext.errors import UnreadableFile
+from mmseg_inceptionnext.images import read_picture
 from mmseg_inceptionnext.labels import Code
 
 _MOST_NAMED = 5
@@ -94,7 +95,10 @@ def draw_unnamed(unnamed: UnnamedCodes, folder: Path) -> None:
         for image, mask in files:
             with Image.open(mask) as stored:
                 marked = np.where(unnamed.coding.numbers(stored) == number, 0, -1)
-            pixels = read_image(image)
+            try:
+                pixels = read_picture(image)
+            except UnreadableFile:  # the check names it
+                continue
             picture = np.hstack([pixels, draw_overlay(pixels, marked, [_MARKED], opacity=0.8)])
             kind = 'colour' if unnamed.coding.is_colour else 'id'
             save_picture(Image.fromarray(picture), folder / f'{kind}_{name}_{Path(image).stem}.png')

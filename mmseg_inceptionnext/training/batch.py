@@ -19,12 +19,14 @@ class EffectiveBatch:
         per_process: Images in one forward pass of a process.
         accumulation: Forward passes before the optimizer steps.
         recipe: Batch size that the config is made for, or None.
+        per_iteration: Images in an iteration: fewer, where a step takes several iterations, as mmengine accumulates.
     """
 
     processes: int
     per_process: int
     accumulation: int
     recipe: int | None
+    per_iteration: int
 
     @property
     def images(self) -> int:
@@ -49,7 +51,9 @@ def effective_batch(cfg: Config) -> EffectiveBatch:
     accumulation = cfg.optim_wrapper.get('accumulative_counts', 1)
     per_process = cfg.train_cfg.get('micro_batch_size') or cfg.train_dataloader.batch_size
     recipe = (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
-    return EffectiveBatch(world_size(cfg.get('launcher', 'none')), per_process, accumulation, recipe)
+    processes = world_size(cfg.get('launcher', 'none'))
+    per_iteration = processes * cfg.train_dataloader.batch_size
+    return EffectiveBatch(processes, per_process, accumulation, recipe, per_iteration)
 
 
 def split_recipe_batch(cfg: Config) -> tuple[int, int]:

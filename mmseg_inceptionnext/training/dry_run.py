@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def images_seen(self) -> int:
-        return self.iterations * self.batch.images
+        return self.iterations * self.batch.per_iteration
 
     @property
     def seconds(self) -> float | None:

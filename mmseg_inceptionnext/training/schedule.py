@@ -35,7 +35,7 @@ def set_iterations(cfg: Config, options: TrainOptions) -> None:
     if options.iters:
         stretch_schedule(cfg, options.iters, kept)
     else:
-        images, batch = count_images(cfg), effective_batch(cfg).images
+        images, batch = count_images(cfg), effective_batch(cfg).per_iteration
         iterations = math.ceil(epochs * images / batch)
         if not options.epochs:
             iterations = min(max(iterations, _FEWEST_ITERATIONS), cfg.train_cfg.max_iters)

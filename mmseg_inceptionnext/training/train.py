@@ -17,7 +17,7 @@ from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.config_files import is_classifier, pretrained_source, require
 from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.data.check import check_data, open_dataset
-from mmseg_inceptionnext.data.class_weights import read_counts, use_class_weights
+from mmseg_inceptionnext.data.class_weights import check_class_weights, read_counts, use_class_weights
 from mmseg_inceptionnext.data.ignore_index import use_one_ignore_index
 from mmseg_inceptionnext.data.inspection import inspect_data
 from mmseg_inceptionnext.data.pipeline import leaf_datasets
@@ -105,6 +105,8 @@ def check(cfg: Config, options: TrainOptions) -> None:
     if is_classifier(cfg):
         _check_for_classifier(options)
     check_agreement(cfg)
+    if not options.class_weights:
+        check_class_weights(cfg.model)
     check_backends(cfg.get('visualizer'))
     check_data(cfg, 'train', 'val')
     if options.amp:

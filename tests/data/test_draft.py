@@ -44,6 +44,20 @@ def test_a_draft_finds_every_image_and_every_id(tmp_path, tool_here, name):
     assert ': 3 images' in process.stdout or '2 images' in process.stdout
 
 
+def test_vocs_lists_say_which_images_have_masks(tmp_path, tool_here):
+    for number in range(9):
+        save(tmp_path / f'd/JPEGImages/{number}.jpg', np.full((40, 50, 3), 99))
+        if number < 6:
+            save(tmp_path / f'd/SegmentationClass/{number}.png', np.arange(40)[:, None] // 20 + np.zeros((1, 50), int))
+    (tmp_path / 'd/ImageSets/Segmentation').mkdir(parents=True)
+    for split, names in (('train', '0\n1\n2\n3\n'), ('val', '4\n5\n'), ('trainval', '0\n1\n2\n3\n4\n5\n')):
+        (tmp_path / f'd/ImageSets/Segmentation/{split}.txt').write_text(names)
+    assert tool_here('check_dataset', tmp_path / 'd', '--write', 'draft.yaml').returncode == 0
+    process = tool_here('check_dataset', TINY_CONFIG, '--data', 'draft.yaml', '--workers', '1')
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert 'train: 4 images' in process.stdout and 'val: 2 images' in process.stdout
+
+
 def test_colours(tmp_path):
     save(tmp_path / 'images/0.png', np.zeros((4, 4, 3)))
     save(tmp_path / 'masks/0.png', [[[0, 0, 0], [255, 0, 0]]] * 4)
@@ -67,7 +81,8 @@ def test_the_check_says_both_readings_shows_them_and_proposes_a_file(tmp_path, t
         'path: d\ntrain: {images: train, masks: trainannot}\nval: {images: val, masks: valannot}\nclasses: [a, b]\n'
     )
     arguments = ('check_dataset', TINY_CONFIG, '--data', 'd.yaml', '--workers', '1')
-    process = tool_here(*arguments, '--report', 'report', '--write', 'better.yaml')
+    (tmp_path / 'other').mkdir()
+    process = tool_here(*arguments, '--report', 'report', '--write', 'other/better.yaml')
     assert process.returncode == 1
     (line,) = [line for line in process.stdout.splitlines() if line.startswith('train: id')]
     assert 'id 2 is on 33.33% of the pixels, in 12 of 12 masks' in line
@@ -76,7 +91,21 @@ def test_the_check_says_both_readings_shows_them_and_proposes_a_file(tmp_path, t
     assert pictures == ['id_0_0.png', 'id_0_1.png', 'id_2_0.png', 'id_2_1.png']
     marked = np.asarray(Image.open(tmp_path / 'report' / 'id_2_0.png'))
     assert marked.shape == (40, 120, 3) and (marked[:, 100:, 1] < 50).all() and (marked[:, :100] == 99).all()
-    assert tool_here('check_dataset', TINY_CONFIG, '--data', 'better.yaml', '--workers', '1').returncode == 0
+    assert tool_here('check_dataset', TINY_CONFIG, '--data', 'other/better.yaml', '--workers', '1').returncode == 0
+
+
+@pytest.mark.parametrize('damaged', [False, True])
+def test_examples_that_are_no_photographs_end_no_check(tmp_path, tool_here, damaged):
+    for number in range(3):
+        save(tmp_path / f'd/images/{number}.png', np.full((40, 60, 4), 99))
+        save(tmp_path / f'd/masks/{number}.png', np.arange(60)[None] // 20 + np.zeros((40, 1), int))
+    if damaged:
+        (tmp_path / 'd/images/0.png').write_bytes((tmp_path / 'd/images/0.png').read_bytes()[:60])
+    (tmp_path / 'd.yaml').write_text('path: d\ntrain: {images: images, masks: masks}\nclasses: [a, b]\nchannels: 4\n')
+    process = tool_here('check_dataset', TINY_CONFIG, '--data', 'd.yaml', '--workers', '1', '--report', 'r')
+    assert process.returncode == 1
+    assert 'id 2 is on' in process.stdout and ('images/0.png' in process.stdout) == damaged
+    assert len(list((tmp_path / 'r').iterdir()))
 
 
 def test_a_fault_of_many_files_is_one_line(tmp_path, tool_here):

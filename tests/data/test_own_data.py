@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from support import ROOT, TINY_CONFIG, TINY_UPERNET, assert_user_error
 
 from mmseg_inceptionnext import Segmentor, UserError
 from mmseg_inceptionnext.config import load_config
+from mmseg_inceptionnext.config_files import heads
+from mmseg_inceptionnext.data.check import list_samples, open_dataset
+from mmseg_inceptionnext.data.class_weights import losses_of, use_class_weights
 from mmseg_inceptionnext.data.data_file import read_data_file
 from mmseg_inceptionnext.data.mask_dataset import MaskDataset
 from mmseg_inceptionnext.evaluation import evaluate
@@ -100,6 +104,10 @@ FORMS = {
         dict(names={0: 'road', 1: 'walk'}, masks_dir='masks', label_mapping={-1: 255, 0: 'ignore_label', 7: 0, 8: 1}),
         {7: 0, 8: 1, 0: None, 255: None},
     ),
+    'ultralytics, ignored': Form(
+        ids(0, 1, 2, 7), dict(names=list('abc'), masks_dir='masks', ignore_classes=[0, 7]),
+        {0: None, 1: 0, 2: 1, 7: None},
+    ),
 }  # fmt: skip
 
 
@@ -160,8 +168,8 @@ def as_stored(path, form: Form) -> np.ndarray:
 
 # Much like others.
 SLOW = (
-    'ignored id', 'palette', 'one channel', 'suffixes', 'ignored class', 'ultralytics', 'template', 'held out',
-    'four channels', '16 bits', 'merged', 'binary 0/255',
+    'ignored id', 'palette', 'one channel', 'suffixes', 'ignored class', 'ultralytics', 'ultralytics, ignored',
+    'template', 'held out', 'four channels', '16 bits', 'merged', 'binary 0/255',
 )  # fmt: skip
 
 
@@ -268,6 +276,11 @@ SPLITS = dict(train=dict(images='images/train', masks='masks/train'), val=dict(i
         (dict(channels=0), ('channels: 0',)),
         (dict(names=['a']), ('both names and classes',)),
         (dict(masks_dir='m'), ('masks_dir goes with names',)),
+        (dict(ignore_classes=[[0, 0, 0]]), ('ignore_classes: [0, 0, 0] is a colour, but the classes are ids',)),
+        (dict(classes={255: 'crack'}), ("'crack' is the only one", 'background')),
+        (dict(classes=['a', 'b'], ignore_classes=[1]), ("'a' is the only one",)),
+        (dict(train=dict(SPLITS['train'], list='no.txt')), ('train.list: there is no file', 'no.txt')),
+        (dict(train=dict(SPLITS['train'], list=['a'])), ("train.list: ['a'] is not a path",)),
     ],
     ids=str,
 )
@@ -301,6 +314,55 @@ def test_an_id_that_is_not_named_stops_a_training_before_it_starts(tmp_path, too
     content.pop('ignore_classes')
     with pytest.raises(UserError, match=r'id 11 is on .* add it to classes, or `ignore_classes: \[11\]`'):
         train(load_config(TINY_CONFIG, tmp_path / 'work', data=content), TrainOptions(weights='none'))
+
+
+def test_a_list_of_names(tmp_path):
+    content = write(tmp_path / 'data', FORMS['suffixes'], number=9)
+    (tmp_path / 'data/masks/train/sub/7.TIF').unlink()  # as most of VOC's images have none
+    for split, names in (('train', 'sub/2\n\nsub/0\r\nsub/2'), ('val', 'sub/8')):
+        (tmp_path / f'data/{split}.txt').write_text(names)
+        content[split] = dict(SPLITS['train'], list=f'{split}.txt')
+    cfg = load_config(TINY_CONFIG, tmp_path / 'work', data=content)
+    found = {}
+    for split in ('train', 'val', 'test'):
+        dataset = open_dataset(cfg[f'{split}_dataloader'].dataset)
+        found[split] = [Path(sample['img_path']).name for sample in list_samples(dataset)]
+        assert dataset.list_masks() == {sample['seg_map_path'] for sample in list_samples(dataset)}
+    assert found == dict(train=['0.JPEG', '2.JPEG'], val=['8.JPEG'], test=['8.JPEG'])
+    for line, message in (('sub/77', "has no image 'sub/77'"), ('sub/2.JPEG', "has no image 'sub/2.JPEG'")):
+        (tmp_path / 'data/val.txt').write_text(line)
+        with pytest.raises(UserError, match=message):
+            load_config(TINY_CONFIG, tmp_path / 'work', data=content)
+
+
+def test_weights_of_other_classes_are_left_out(tmp_path):
+    """Eleven classes, as CamVid has: weights by their place would be taken for theirs."""
+    content = write(tmp_path / 'data', FORMS['ignored id'])
+    eleven = content | dict(classes=[f'class {i}' for i in range(11)])
+
+    def weights(cfg) -> list:
+        return [losses_of(head)[0].get('class_weight') for _, head in heads(cfg.model)]
+
+    assert all(len(found) == 11 for found in weights(load_config('camvid/fpn_a', tmp_path / 'w')))
+    assert weights(load_config('camvid/fpn_a', tmp_path / 'w', data=content)) == [None, None]
+    cfg = load_config('camvid/fpn_a', tmp_path / 'w', data=eleven)
+    assert weights(cfg) == [None, None]
+
+    use_class_weights(cfg, {f'class {i}': i + 1 for i in range(11)})
+    own = weights(cfg)
+    cfg.dump(tmp_path / 'saved.py')  # as a run does
+    assert weights(load_config(tmp_path / 'saved.py', tmp_path / 'w', data=eleven)) == own
+    others = eleven | dict(classes=[f'other {i}' for i in range(11)])
+    assert weights(load_config(tmp_path / 'saved.py', tmp_path / 'w', data=others)) == [None, None]
+
+    (tmp_path / 'own.py').write_text(
+        f'_base_ = {str(ROOT / "configs/camvid/fpn_a.py")!r}\n'
+        'model = dict(decode_head=dict(loss_decode=dict(class_weight=[1.0, 2.0, 3.0])))\n'
+    )
+    assert weights(load_config(tmp_path / 'own.py', tmp_path / 'w', data=content)) == [[1, 2, 3], None]
+    cfg = load_config(tmp_path / 'own.py', tmp_path / 'w', data=eleven)
+    with pytest.raises(UserError, match='class_weight of CrossEntropyLoss has 3 values for 11 classes'):
+        train(cfg, TrainOptions(weights='none'))
 
 
 def test_an_image_without_a_mask_and_a_mask_without_an_image_are_named(tmp_path, tool_here):

@@ -13,6 +13,7 @@ from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.config import load_config
 from mmseg_inceptionnext.training.batch import effective_batch
 from mmseg_inceptionnext.training.options import TrainOptions
+from mmseg_inceptionnext.training.schedule import count_images
 from mmseg_inceptionnext.training.train import apply, train
 
 UPERNET = ROOT / 'configs' / 'upernet' / 'inceptionnext_t.py'
@@ -41,6 +42,19 @@ def test_the_recipes_batch_holds(processes, per_process, accumulation, images_at
     assert cfg.param_scheduler == before.param_scheduler
     assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (160000, 16000)
     assert cfg.default_hooks == before.default_hooks
+
+
+@pytest.mark.parametrize('auto_batch', [False, True])
+def test_epochs_count_the_images_of_an_iteration(auto_batch, tiny_cfg):
+    """mmengine counts each part of an accumulated batch as an iteration; the loop of auto_batch does not."""
+    tiny_cfg.train_dataloader.batch_size = 2
+    tiny_cfg.auto_scale_lr = dict(base_batch_size=8)
+    if not auto_batch:
+        tiny_cfg.optim_wrapper.accumulative_counts = 4
+    images = count_images(tiny_cfg)
+    apply(tiny_cfg, TrainOptions(auto_batch=auto_batch, epochs=3))
+    assert effective_batch(tiny_cfg).images == 8
+    assert tiny_cfg.train_cfg.max_iters == -(-3 * images // (8 if auto_batch else 2))
 
 
 def test_another_batch_is_said(monkeypatch):

@@ -73,5 +73,5 @@ def test_validations_are_those_of_mmengines_loop(tiny_cfg, monkeypatch, done, ch
 
 
 def test_the_time_of_what_is_left():
-    made = Plan(1, EffectiveBatch(2, 1, 1, None), 160, 40, 5, 7, [1.0], '', 8, 1.0, 2.0, 0.0, 'cpu')
+    made = Plan(1, EffectiveBatch(2, 1, 1, None, 2), 160, 40, 5, 7, [1.0], '', 8, 1.0, 2.0, 0.0, 'cpu')
     assert made.seconds == 120 + 8 * 7 * 2 / 2

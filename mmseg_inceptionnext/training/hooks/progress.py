@@ -156,7 +156,7 @@ def run_lines(runner) -> Iterator[str]:
     processes = f' × {runner.world_size}' if runner.world_size > 1 else ''
     yield f'device: {device_name(get_device())}{processes}, {precision}'
 
-    batch = effective_batch(cfg).images
+    batch = effective_batch(cfg).per_iteration
     every = f', validation every {cfg.train_cfg.val_interval}' if cfg.train_cfg.get('val_interval') else ''
     yield (
         f'schedule: {runner.max_iters} iterations of {batch} images ({runner.max_iters * batch / len(train):.1f} '
