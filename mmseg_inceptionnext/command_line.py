@@ -45,6 +45,7 @@ def command(tool: str) -> str:
     return shlex.join(['python', str(Path(sys.argv[0]).absolute().with_name(f'{tool}.py'))])
 
 
+_WITH_COMMAS = ('bands',)  # arguments whose flags take values with commas between them
 # Flag of each argument of the running tool, by the argument's name.
 _flags: dict[str, str] = {}
 
@@ -87,6 +88,8 @@ def name_flags(message: str, flags: dict[str, str]) -> str:
         if isinstance(value, dict):
             value = [f'{key}={item}' for key, item in value.items()]
         values = map(str, value if isinstance(value, (tuple, list)) else [value])
+        if name in _WITH_COMMAS:
+            values = [','.join(values)]
         return ' '.join([flags[name], *map(printable, values)])
 
     # Not within a path such as runs/seed=5/iter_3.pth.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import ModuleType
 import cv2
 import numpy as np
 from mmengine.fileio import LocalBackend, get_file_backend
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from mmseg_inceptionnext.errors import MissingImage, MissingPackage, UnreadableFile, first_sentence
 from mmseg_inceptionnext.folders import find_files
@@ -20,6 +21,16 @@ IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.g
 
 _TIFF_BEGINS = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # the last two are BigTIFF's
 _SAMPLES_PER_PIXEL = 277  # TIFF tag
+# What undoes an EXIF orientation. Pillow's exif_transpose also writes all tags anew, and fails at a damaged one.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _HOW_TO_READ_TIFF = 'pip install mmseg-inceptionnext[tiff]'
 
 
@@ -81,7 +92,8 @@ def read_image(source: str | Path | BytesIO | Image.Image | np.ndarray, channels
             return _not_empty(_pixels(image, channels))
     except (UnreadableFile, MissingPackage) as error:
         raise type(error)(f'{source}: {error}') from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # Pillow's, on damage
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        # Pillow's, on damage
         kind = MissingImage if isinstance(error, FileNotFoundError) else UnreadableFile
         raise kind(f'{source}: {why_unreadable(error)}') from error
 
@@ -190,7 +202,10 @@ def _pixels(image: Image.Image, channels: int) -> np.ndarray:
     stored = stored_channels(image)
     if stored > len(image.getbands()):
         raise UnreadableFile(f'has {stored} channels that are not colours: set channels={stored}')
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    turn = _TURNS.get(orientation(image))
+    if turn is not None and image.format != 'TIFF':  # Pillow turns TIFFs itself
+        image = image.transpose(turn)
     if channels not in (1, 3):
         return _bands(np.asarray(image), channels)
     if image.mode == 'F' and channels == 3:

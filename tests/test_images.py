@@ -1,6 +1,7 @@
 """Images are read as mmseg's pipelines read them, and what cannot be read says why."""
 
 import os
+import struct
 
 import mmcv
 import numpy as np
@@ -60,6 +61,21 @@ def test_turned_as_exif_says(picture, tmp_path, orientation, name):
     assert pixels.shape == ((64, 48, 3) if orientation > 4 else (48, 64, 3))
     assert image_size(path) == pixels.shape[1::-1]
     assert np.array_equal(pixels, mmcv.imread(str(path), channel_order='rgb'))
+
+
+@pytest.mark.parametrize('tag, kind, count, value', [
+    (296, 2, 2, b'2\0\0\0'),  # the unit of the resolution, as text
+    (282, 2, 3, b'72\0\0'),
+    (305, 3, 1, b'\0\1\0\0'),
+    (34665, 2, 2, b'x\0\0\0'),
+])  # fmt: skip
+def test_a_damaged_tag_beside_the_orientation(picture, tmp_path, tag, kind, count, value):
+    entries = sorted([(0x0112, 3, 1, b'\0\6\0\0'), (tag, kind, count, value)])
+    block = b'MM\0*' + struct.pack('>LH', 8, 2) + b''.join(struct.pack('>HHL4s', *entry) for entry in entries)
+    picture.save(tmp_path / 'plain.jpg')
+    picture.save(tmp_path / 'a.jpg', exif=b'Exif\0\0' + block + bytes(4))
+    pixels = read_image(tmp_path / 'a.jpg')
+    assert np.array_equal(pixels, np.rot90(read_image(tmp_path / 'plain.jpg'), -1))
 
 
 def test_arrays():

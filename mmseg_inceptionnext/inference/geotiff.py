@@ -84,7 +84,8 @@ def segment_raster(
         OSError: A file cannot be written. Neither of them is there then.
     """
     with Raster(path, segmentor.channels, bands, scale) as raster, ExitStack() as files:
-        tile = segmentor.tiles and segmentor.tiles.tile_of(raster.size)
+        with _named(path):
+            tile = segmentor.tiles and segmentor.tiles.tile_of(raster.size)
         if tile is None:
             strips = _whole(segmentor, raster, confidence or min_confidence > 0)
         else:
@@ -93,12 +94,12 @@ def segment_raster(
             raster.hold_rows(tile)
         if raster.crs is None:
             say(f'{path} has no CRS: the outputs have its pixels as coordinates, or those of its transform')
-        partial = files.enter_context(atomic_write(Path(out)))
+        # Both are closed and checked before either takes its place.
+        partials = [files.enter_context(atomic_write(Path(path))) for path in (out, polygons) if path is not None]
         has_nodata = raster.has_nodata or min_confidence > 0
-        sinks = [files.enter_context(_Labels(partial, raster, segmentor.classes, has_nodata, confidence))]
+        sinks = [files.enter_context(_Labels(partials[0], raster, segmentor.classes, has_nodata, confidence))]
         if polygons is not None:
-            partial = files.enter_context(atomic_write(Path(polygons)))
-            sinks.append(files.enter_context(_Polygons(partial, raster, segmentor.classes, min_area)))
+            sinks.append(files.enter_context(_Polygons(partials[1], raster, segmentor.classes, min_area)))
         pixels = np.zeros(len(segmentor.classes.names), np.int64)
         for strip in strips:
             if min_confidence:
@@ -120,9 +121,20 @@ def _open(path: Path, **options):
         return rasterio.open(path, **options)
 
 
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Let what is wrong with an image's size be a fault of its file."""
+    try:
+        yield
+    except UserError as error:
+        raise UnreadableFile(f'{path}: {error}') from error
+
+
 def _whole(segmentor: Segmentor, raster: Raster, with_confidence: bool) -> Iterator[Strip]:
     pixels, valid = raster.read(Region(0, raster.size[0], 0, raster.size[1]))
-    (result,) = segmentor.predict([segmentor.prepare(pixels)])
+    with _named(raster.path):
+        prepared = segmentor.prepare(pixels)
+    (result,) = segmentor.predict([prepared])
     yield Strip(0, result.labels, valid, result.confidence if with_confidence else None)
 
 
@@ -147,6 +159,7 @@ class Raster:
     def __init__(self, path: str | Path, channels: int, bands: Sequence[int] | None = None,
                  scale: tuple[float, float] | None = None):  # fmt: skip
         self.path, self._scale, self._cache = path, scale, _CACHE
+        self._means: dict[int, float] = {}  # of bands
         self._rasterio = import_rasterio()
         if scale is not None and not scale[0] < scale[1]:
             raise UserError(f'scale={tuple(scale)}: the second value must be larger than the first')
@@ -216,22 +229,15 @@ class Raster:
 
         Returns:
             (h, w, channels) uint8, or float32 where the file has other values or a scale is given. Pixels without data
-            are the mean of the others. And where there are data, (h, w) bool; None for everywhere.
+            are the mean of the others in their band; where it has none, of those of the whole file. And where there are
+            data, (h, w) bool; None for everywhere.
 
         Raises:
             UnreadableFile: The part is damaged, or holds values that are not finite.
         """
         (height, width), where = region.shape, f'rows {region.top} to {region.bottom - 1}'
         window = self._rasterio.windows.Window(region.left, region.top, width, height)
-        try:
-            # Without the first, a damaged JPEG is grey in silence. The environment of a thread is its own.
-            with self._rasterio.Env(GDAL_ERROR_ON_LIBJPEG_WARNING=True, GDAL_CACHEMAX=self._cache):
-                values = self._dataset.read(self._bands, window=window)
-                masks = self._dataset.read_masks(self._bands, window=window) > 0 if self.has_nodata else None
-        except self._rasterio.errors.RasterioError as error:
-            raise UnreadableFile(
-                f'{self.path}: {where}, columns {region.left} to {region.right - 1} are damaged ({_reason(error)})'
-            ) from error
+        values, masks = self._decoded(self._bands, window)
         if masks is not None and masks.all():
             masks = None
         known = values if masks is None else values[masks]
@@ -245,14 +251,41 @@ class Raster:
             masks = np.repeat(masks, self._repeat, axis=0)
         return self._pixels(values, masks), None if masks is None else masks.any(axis=0)
 
+    def _decoded(self, bands: int | list[int], window) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return stored values of a part of some bands, and which of them are data."""
+        try:
+            # Without the first, a damaged JPEG is grey in silence. The environment of a thread is its own.
+            with self._rasterio.Env(GDAL_ERROR_ON_LIBJPEG_WARNING=True, GDAL_CACHEMAX=self._cache):
+                values = self._dataset.read(bands, window=window)
+                return values, self._dataset.read_masks(bands, window=window) > 0 if self.has_nodata else None
+        except self._rasterio.errors.RasterioError as error:
+            (top, bottom), (left, right) = window.toranges()
+            raise UnreadableFile(
+                f'{self.path}: rows {top} to {bottom - 1}, columns {left} to {right - 1} are damaged ({_reason(error)})'
+            ) from error
+
+    def _mean_of(self, band: int) -> float:
+        """Return the mean of a band's pixels with data."""
+        if band not in self._means:
+            total = number = 0
+            for _, window in self._dataset.block_windows(band):
+                values, mask = self._decoded(band, window)
+                total, number = total + values[mask].sum(dtype=np.float64), number + mask.sum()
+            if not number:
+                raise UnreadableFile(f'{self.path}: band {band} has no data: choose others by bands=')
+            self._means[band] = float(total / number)
+        return self._means[band]
+
     def _pixels(self, values: np.ndarray, masks: np.ndarray | None) -> np.ndarray:
         if not self._is_8_bit or self._scale is not None:
             values = values.astype(np.float32)
         if masks is not None:
             values = values.copy()
-            for band, mask in zip(values, masks, strict=True):
+            for i, (band, mask) in enumerate(zip(values, masks, strict=True)):
                 if mask.any():
                     band[~mask] = band[mask].mean(dtype=np.float64)
+                elif masks.any():  # other bands have data here; then none is repeated
+                    band[:] = self._mean_of(self._bands[i])
         if self._scale is not None:
             low, high = self._scale
             values = ((values - low) * (255 / (high - low))).clip(0, 255).astype(np.float32)

@@ -137,6 +137,28 @@ class Manifest:
             return False
         return is_same and all(path.exists() for path in outputs)
 
+    def check_outputs(self, source: Source, outputs: Sequence[Path], shared: Path | None = None) -> None:
+        """Check that the outputs of a file, where they are there, were not made from another one.
+
+        Args:
+            source: The file.
+            outputs: Its outputs.
+            shared: The one of them that every file of the run has, if there is one.
+
+        Raises:
+            UserError: They were; the error names the other file.
+        """
+        there = [path for path in outputs if path.exists()]
+        for entry in self._entries.values():
+            if 'reason' in entry or entry['file'] == str(source.path):
+                continue
+            made = [path for path in there if path == shared or entry['output'] == str(source.name)]
+            if made and entry['hash'] != self.facts(source).get('hash'):
+                raise UserError(
+                    f'{made[0]} was made from {entry["file"]}, not from {source.path}: choose another out=DIR, or pass '
+                    'overwrite=True alone to begin anew'
+                )
+
     def facts(self, source: Source) -> dict:
         """Return what is recorded about a file before it is predicted; it is read once for its hash."""
         facts = dict(file=str(source.path), output=str(source.name))

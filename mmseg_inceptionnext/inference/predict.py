@@ -79,7 +79,8 @@ def predict(
     Raises:
         UserError: An output exists, and neither ``overwrite`` nor ``skip_existing`` is set; or it is one of the
             sources, or cannot be written. A source is no TIFF although there are bands, a scale or polygons; or there
-            are several for polygons. There is no such shard, or the manifest is that of another run.
+            are several for polygons. There is no such shard, or the manifest is that of another run, or an output was
+            made from another file.
     """
     if overwrite and (skip_existing or shard):
         other = 'skip_existing=True' if skip_existing else f'shard={shard!r}'
@@ -116,6 +117,8 @@ def predict(
             if len(todo) < len(sources):
                 say(f'{len(sources) - len(todo)} of {len(sources)} files are done already')
             sources = todo
+            for source in todo:
+                manifest.check_outputs(source, output.paths_of(source, is_raster(source)), output.polygons)
         on_start(count_images(sources))
         log = _Log(manifest)
         _predict_images(segmentor, [s for s in sources if not s.is_video and not is_raster(s)], output, batch_size,

@@ -150,7 +150,7 @@ class TiledModel:
             size: Height and width of the image.
 
         Raises:
-            UserError: A side is too short for the network.
+            UserError: A side is too short for the network, or for an exported file that takes one size.
         """
         tile = self._tiling.tile
         if tile == 'auto':
@@ -161,6 +161,12 @@ class TiledModel:
             )
         if tile is not None and min(size) < LARGEST_STRIDE:
             raise UserError(f'{size[1]}×{size[0]} pixels are too thin: no side may be shorter than {LARGEST_STRIDE}')
+        taken, seen = self._contract and self._contract.shape, tuple(min(side, tile or side) for side in size)
+        if taken and taken != seen:
+            raise UserError(
+                f'{self._model.path} takes images of {taken[1]}×{taken[0]}, not of {seen[1]}×{seen[0]}, as the tiles of '
+                f'{size[1]}×{size[0]} pixels are: export it with dynamic=True'
+            )
         return tile
 
     def labels(self, image: np.ndarray, tile: int, batch_size: int = 1,

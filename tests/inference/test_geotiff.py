@@ -170,6 +170,35 @@ def test_what_is_nodata_stays_nodata_and_changes_nothing_far_from_it(tiled, tmp_
     assert np.array_equal(labels[far], labels_of(tmp_path / 'whole.tif')[far])
 
 
+@pytest.mark.parametrize('nodata', [-9999.0, np.nan])
+def test_a_band_without_data_in_a_tile_has_its_mean_there(tiled, tmp_path, nodata):
+    """Of -9999 the network would make labels of its own, and of NaN nothing."""
+    values = picture().astype(np.float32)
+    values[1, :, :90] = 77
+    expected = values.copy()
+    values[1, :, :90] = nodata
+    expected[1, :, :90] = values[1, :, 90:].mean(dtype=np.float64)
+    segment_raster(tiled, write(tmp_path / 'a.tif', expected), tmp_path / 'expected.tif', scale=(0, 255))
+    segment_raster(tiled, write(tmp_path / 'a.tif', values, nodata=nodata), tmp_path / 'out.tif', scale=(0, 255))
+    # From column 48 on, tiles have data of the band, whose own mean is taken.
+    assert np.array_equal(labels_of(tmp_path / 'out.tif')[:, :32], labels_of(tmp_path / 'expected.tif')[:, :32])
+    values[1] = nodata
+    with pytest.raises(UnreadableFile, match='a.tif: band 2 has no data: choose others by bands='):
+        segment_raster(tiled, write(tmp_path / 'a.tif', values, nodata=nodata), tmp_path / 'out.tif', scale=(0, 255))
+
+
+@pytest.mark.parametrize('tile', [64, None])
+def test_a_piece_that_is_too_thin_does_not_stop_the_others(files, tmp_path, tool_here, tile):
+    (tmp_path / 'in').mkdir()
+    for name, size in (('a', (20, 100)), ('b', (100, 100)), ('c', (5, 100))):
+        write(tmp_path / f'in/{name}.tif', picture(size))
+    options = ('--tile', tile) if tile else ('--bands', '1,2,3')
+    process = tool_here('predict', *files, 'in', *options, '--out', 'out')
+    assert process.returncode == 2 and 'Traceback' not in process.stderr
+    assert 'a.tif' in process.stderr and 'c.tif' in process.stderr and 'too thin' in process.stderr
+    assert (tmp_path / 'out/labels/b.tif').exists()
+
+
 def test_codes_that_leave_no_byte_free_and_colours(tmp_path):
     values = picture()
     values[:, :40] = 0
@@ -346,11 +375,11 @@ def test_mistakes_are_one_line_and_nothing_is_written(files, tmp_path, tool_here
         (('--blend',), '--blend is for tiles'),
         (('--tile', 64, '--bands', '4,3,6'), 'a.tif: has no band 6, but 5: correct'),
         (('--tile', 64, '--bands', '4,3'), 'the model takes 3 bands'),
-        (('--tile', 64), 'a.tif: has 5 bands, but the model takes 3: choose them, such as --bands 1 2 3'),
+        (('--tile', 64), 'a.tif: has 5 bands, but the model takes 3: choose them, such as --bands 1,2,3'),
         (('--tile', 64, '--bands', '1,2,3', '--scale', 5, 5), '--scale 5.0 5.0: the second value must be larger'),
         (('--bands', '1,2,3', '--polygons', 'p.shp'), '--polygons p.shp must end in .gpkg or .geojson'),
         (('--min-area', 5), '--min-area 5 is for polygons', '--polygons FILE'),
-        (('b.png', '--bands', '1,2,3'), '--bands 1 2 3 is for TIFF files, and b.png is none'),
+        (('b.png', '--bands', '1,2,3'), '--bands 1,2,3 is for TIFF files, and b.png is none'),
         (('a2.tif', '--polygons', 'p.gpkg', '--bands', '1,2,3'), '--polygons p.gpkg is for one image, not for 2'),
     ):  # fmt: skip
         if 'a2.tif' in options:
@@ -386,6 +415,18 @@ def test_a_disk_that_fills_leaves_nothing_half_written_and_what_was_there(tiled,
         predict(tiled, sources, output, overwrite=True)
     assert {p: p.read_bytes() for p in written} == before
     assert not [p for p in tmp_path.rglob('.*') if p.is_file()]
+
+
+def test_polygons_take_their_place_with_the_labels_alone(tiled, tmp_path, monkeypatch):
+    path, out, polygons = write(tmp_path / 'a.tif', picture()), tmp_path / 'out.tif', tmp_path / 'p.gpkg'
+    segment_raster(tiled, path, out, polygons=polygons)
+    before = out.read_bytes(), polygons.read_bytes()
+    write(path, picture(seed=1))
+    sums = iter(range(10**6))
+    monkeypatch.setattr(geotiff.zlib, 'crc32', lambda content: next(sums))  # the labels are found damaged, at the end
+    with pytest.raises(OSError, match='it is not what was written'):
+        segment_raster(tiled, path, out, polygons=polygons)
+    assert (out.read_bytes(), polygons.read_bytes()) == before
 
 
 LIMITED = """

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -327,6 +328,32 @@ def test_what_no_manifest_knows_is_not_replaced(folder, segmentor):
     for options in (dict(skip_existing=True), dict(shard='1/2')):
         with pytest.raises(UserError, match='overwrite=True and .* exclude each other'):
             predict(segmentor, sources(), OUT, overwrite=True, **options)
+
+
+def test_outputs_of_another_file_are_not_replaced(folder, segmentor):
+    """Two cameras name their photographs alike."""
+    shutil.copytree('in', 'other')
+    Image.new('RGB', (40, 48)).save('other/0/2.png')
+    predict(segmentor, sources(), OUT)
+    before = content('out')
+    with pytest.raises(UserError, match='out/0/2.png was made from in/0/2.png, not from other/0/2.png: choose another'):
+        predict(segmentor, find_sources(['other'], Path('out')), OUT, skip_existing=True)
+    assert content('out') == before
+    Path('out/0/2.png').unlink()
+    Path('out/labels/0/2.png').unlink()
+    assert predict(segmentor, find_sources(['other'], Path('out')), OUT, skip_existing=True).keys() == {'other/bad.jpg'}
+
+
+def test_polygons_of_another_image_are_not_replaced(folder, trained):
+    tiled = Segmentor(TINY_CONFIG, trained, device='cpu', tile=64)
+    output = Output(Path('out'), polygons=Path('p.geojson'))
+    for name, value in (('a', 0), ('b', 99)):
+        Image.new('RGB', (80, 70), (value, 0, 0)).save(f'{name}.tif')
+    predict(tiled, find_sources(['a.tif'], Path('out')), output)
+    before = Path('p.geojson').read_bytes()
+    with pytest.raises(UserError, match='p.geojson was made from a.tif, not from b.tif'):
+        predict(tiled, find_sources(['b.tif'], Path('out')), output, skip_existing=True)
+    assert Path('p.geojson').read_bytes() == before and not Path('out/labels/b.tif').exists()
 
 
 def test_a_shard_that_runs_already(folder, segmentor):

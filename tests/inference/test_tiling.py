@@ -93,6 +93,8 @@ def test_an_onnx_file_in_tiles_of_its_size(files, image, tmp_path):
         Segmentor(tmp_path / 'logits.onnx', tile='auto')
     with pytest.raises(UserError, match='takes images of 64×64, not of 96×96'):
         Segmentor(tmp_path / 'logits.onnx', tile=96)(image)
+    with pytest.raises(UserError, match='takes images of 64×64, not of 64×40, as the tiles of 80×40 pixels are'):
+        Segmentor(tmp_path / 'logits.onnx', tile=64)(np.zeros((40, 80, 3), np.uint8))
 
 
 def test_auto_leaves_what_fits_as_it_is_and_says_what_it_chose(trained, image, monkeypatch):
