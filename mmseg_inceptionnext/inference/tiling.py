@@ -164,8 +164,8 @@ class TiledModel:
         taken, seen = self._contract and self._contract.shape, tuple(min(side, tile or side) for side in size)
         if taken and taken != seen:
             raise UserError(
-                f'{self._model.path} takes images of {taken[1]}×{taken[0]}, not of {seen[1]}×{seen[0]}, as the tiles of '
-                f'{size[1]}×{size[0]} pixels are: export it with dynamic=True'
+                f'{self._model.path} takes images of {taken[1]}×{taken[0]}, not of {seen[1]}×{seen[0]}, as the tiles '
+                f'of {size[1]}×{size[0]} pixels are: export it with dynamic=True'
             )
         return tile
 
