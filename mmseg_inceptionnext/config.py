@@ -17,6 +17,7 @@ from mmengine.registry import Registry
 
 from mmseg_inceptionnext.config_files import (
     SCHEDULE_KEYS,
+    SCHEDULER_COUNTS,
     dicts_inside,
     dotted_keys,
     find_config,
@@ -101,13 +102,19 @@ def override(cfg: Config, data_root: str | Path | None = None, cfg_options: dict
     given = dotted_keys(cfg_options or {})
     if cfg_options:
         _merge(cfg, cfg_options)
-    if kept := [key for key in SCHEDULE_KEYS if any(f'{name}.'.startswith(f'{key}.') for name in given)]:
+    # A power or a factor of a scheduler says nothing about its iterations.
+    counts = {name for name in given if not name.startswith('param_scheduler.') or _names_a_count(name)}
+    if kept := [key for key in SCHEDULE_KEYS if any(f'{name}.'.startswith(f'{key}.') for name in counts)]:
         cfg.kept_by_iters = kept  # training takes it out again
     if data is not None:
         fit_channels(cfg.model)  # of the backbone that the options may have chosen
         _merge(cfg, cfg_options or {})
         if 'train_cfg.max_iters' in given:
             cfg.pop('epochs', None)
+
+
+def _names_a_count(name: str) -> bool:
+    return not set(SCHEDULER_COUNTS).isdisjoint(name.split('.'))
 
 
 def _merge(cfg: Config, options: dict) -> None:

@@ -17,6 +17,10 @@ _SCOPE = 'mmseg_inceptionnext'
 
 # What follows the number of iterations, unless the user sets it.
 SCHEDULE_KEYS = ('train_cfg.val_interval', 'default_hooks.checkpoint.interval', 'param_scheduler')
+# Arguments of mmengine's parameter schedulers that count iterations.
+SCHEDULER_COUNTS = (
+    'begin', 'end', 'T_max', 'step_size', 'total_steps', 'total_iters', 'milestones', 'periods',
+)  # fmt: skip
 
 
 def read_config(path: str | Path) -> Config:

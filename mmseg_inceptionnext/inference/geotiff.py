@@ -79,10 +79,14 @@ def segment_raster(
         ``{name: share}`` of the pixels with data, of the classes that are in the image, largest first.
 
     Raises:
-        UnreadableFile: The image is no TIFF, damaged, or its values are not known to be what the model takes.
+        UnreadableFile: The image is no TIFF, damaged, too thin, or its values are not known to be what the model takes;
+            or a name is no UTF-8.
         MissingPackage: rasterio, or for ``.gpkg`` pyogrio, is not installed.
         OSError: A file cannot be written. Neither of them is there then.
     """
+    names = [str(each) for each in (path, out, polygons) if each is not None]
+    if odd := [name for name in names if name.encode(errors='ignore').decode() != name]:
+        raise UnreadableFile(f'{path}: {odd[0]} has bytes in its name that are no UTF-8, which GDAL needs: rename it')
     with Raster(path, segmentor.channels, bands, scale) as raster, ExitStack() as files:
         with _named(path):
             tile = segmentor.tiles and segmentor.tiles.tile_of(raster.size)

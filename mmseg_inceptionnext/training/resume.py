@@ -77,6 +77,19 @@ def find_resume_point(cfg: Config, checkpoint: str | Path | None = None) -> Resu
     return None
 
 
+def belongs_to(checkpoint: str | Path, work_dir: str | Path) -> bool:
+    """Return whether a checkpoint is of the run in a work dir: it lies there, or could only be saved elsewhere."""
+    path, folder = Path(checkpoint).expanduser(), os.path.realpath(work_dir)
+    if os.path.realpath(path.parent) == folder:
+        return True
+    try:
+        info = read_checkpoint(path, mmap=True)['message_hub']['runtime_info']
+        saved = [str(value) for key, value in info.items() if key.startswith(('last_ckpt', 'best_ckpt'))]
+    except (UserError, KeyError, TypeError, AttributeError):  # what cannot be resumed is said when it is tried
+        return True
+    return any(os.path.realpath(os.path.dirname(name)) == folder for name in saved)
+
+
 def _newest_first(folder: Path, warnings: list[str]) -> list[Path]:
     """Return the checkpoint that ``last_checkpoint`` names, even if the folder was moved, then older ones.
 

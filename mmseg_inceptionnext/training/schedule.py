@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
-from mmseg_inceptionnext.config_files import SCHEDULE_KEYS, dotted_keys, is_classifier, own_settings, read_config
+from mmseg_inceptionnext.config_files import (
+    SCHEDULE_KEYS,
+    SCHEDULER_COUNTS,
+    dotted_keys,
+    is_classifier,
+    own_settings,
+    read_config,
+)
 from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.data.check import list_samples, open_dataset
 from mmseg_inceptionnext.data.pipeline import leaf_datasets
@@ -18,9 +25,6 @@ from mmseg_inceptionnext.training.batch import effective_batch
 from mmseg_inceptionnext.training.options import TrainOptions
 
 _FEWEST_ITERATIONS = 1000  # of a run whose length follows from its data
-
-# Arguments of mmengine's parameter schedulers that count iterations.
-_COUNTS = ('begin', 'end', 'T_max', 'step_size', 'total_steps', 'total_iters', 'milestones')
 
 
 def set_iterations(cfg: Config, options: TrainOptions) -> None:
@@ -86,6 +90,10 @@ def stretch_ends(cfg: Config, last: int) -> None:
     """Let schedulers that end with the last iteration of a shorter run end with this one's, in place."""
     if last >= cfg.train_cfg.max_iters:
         return
+    counts: list[int] = []
+    _change_counts(cfg, lambda count: counts.append(count) or count)
+    if any(count > last for count in counts):  # it is a longer run's
+        return
     before = schedule_text(cfg.get('param_scheduler'))
     _change_counts(cfg, lambda count: cfg.train_cfg.max_iters if count == last else count)
     if schedule_text(cfg.get('param_scheduler')) != before:
@@ -93,9 +101,14 @@ def stretch_ends(cfg: Config, last: int) -> None:
 
 
 def schedule_warning(cfg: Config) -> str:
-    """Say that the schedulers end before the run does, if all do; an empty string if not."""
+    """Say that one of the schedulers ends after the run, or that all end before; an empty string if not."""
     ends = [_end(scheduler) for scheduler in _schedulers(cfg.get('param_scheduler'))]
     last = cfg.train_cfg.get('max_iters')
+    if late := [end for end in ends if isinstance(end, int) and last and end > last]:
+        return (
+            f'param_scheduler ends at iteration {max(late)}, the run at {last}: the learning rate does not come to its '
+            'end (`--iters N`, in the place of train_cfg.max_iters, shrinks it)'
+        )
     if not ends or not last or not all(isinstance(end, int) and end < last for end in ends):
         return ''
     return (
@@ -130,7 +143,7 @@ def _change_counts(cfg: Config, change: Callable[[int], int]) -> None:
         if 'periods' in scheduler:  # where each ends is what counts: rounded one by one, they would add up to more
             ends = itertools.accumulate(scheduler['periods'], initial=scheduler.get('begin', 0))
             scheduler['periods'] = [end - begin for begin, end in itertools.pairwise(map(change, ends))]
-        for key in _COUNTS:
+        for key in set(SCHEDULER_COUNTS) - {'periods'}:
             value = scheduler.get(key)
             if isinstance(value, (list, tuple)):
                 scheduler[key] = [change(count) for count in value]

@@ -9,9 +9,11 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
+from mmengine.registry import OPTIMIZERS
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.config_files import is_classifier, pretrained_source, require
@@ -23,7 +25,7 @@ from mmseg_inceptionnext.data.inspection import inspect_data
 from mmseg_inceptionnext.data.pipeline import leaf_datasets
 from mmseg_inceptionnext.device import available_cores, keep_freed_memory
 from mmseg_inceptionnext.distributed import init_process_group, rank
-from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.errors import UserError, first_sentence
 from mmseg_inceptionnext.files import write_text
 from mmseg_inceptionnext.models.build import build_segmentor
 from mmseg_inceptionnext.models.weights import check_fits, load_for_finetuning
@@ -31,9 +33,10 @@ from mmseg_inceptionnext.training.agreement import check_agreement
 from mmseg_inceptionnext.training.batch import effective_batch, split_recipe_batch
 from mmseg_inceptionnext.training.dry_run import Plan, dry_run
 from mmseg_inceptionnext.training.fsdp import check_fsdp
+from mmseg_inceptionnext.training.hooks.checkpoint import check_checkpoint_hook
 from mmseg_inceptionnext.training.mixed_precision import amp_optim_wrapper, check_amp
 from mmseg_inceptionnext.training.options import TrainOptions
-from mmseg_inceptionnext.training.resume import ResumePoint, find_resume_point
+from mmseg_inceptionnext.training.resume import ResumePoint, belongs_to, find_resume_point
 from mmseg_inceptionnext.training.runner import FaultTolerantMixin, SafeFlexibleRunner, SafeRunner, check_backends
 from mmseg_inceptionnext.training.schedule import schedule_warning, set_iterations, stretch_ends
 from mmseg_inceptionnext.training.work_dir_lock import holder, locked
@@ -57,7 +60,7 @@ def train(cfg: Config, options: TrainOptions = TrainOptions()) -> FaultTolerantM
         options = resume_if_restarted(cfg, options)
         if text := _occupied(cfg, options):
             raise UserError(text)
-        runner = make_runner(cfg, apply(cfg, options))
+        runner = make_runner(cfg, apply(cfg, options), keep_checkpoints=bool(options.resume) and not options.overwrite)
         runner.train()
     return runner
 
@@ -105,6 +108,8 @@ def check(cfg: Config, options: TrainOptions) -> None:
     if is_classifier(cfg):
         _check_for_classifier(options)
     check_agreement(cfg)
+    _check_optimizer(cfg.optim_wrapper.get('optimizer'))
+    check_checkpoint_hook((cfg.get('default_hooks') or {}).get('checkpoint') or {})
     if not options.class_weights:
         check_class_weights(cfg.model)
     check_backends(cfg.get('visualizer'))
@@ -115,6 +120,14 @@ def check(cfg: Config, options: TrainOptions) -> None:
         check_fsdp(cfg)
     if options.auto_batch:
         split_recipe_batch(cfg)
+
+
+def _check_optimizer(optimizer: dict | None) -> None:
+    try:
+        if optimizer:
+            OPTIMIZERS.build(dict(optimizer, params=[torch.nn.Parameter(torch.zeros(1))]))
+    except (TypeError, ValueError) as error:  # torch's, of a value that it does not take
+        raise UserError(f'optim_wrapper.optimizer={dict(optimizer)}: {first_sentence(error)}') from error
 
 
 def _check_for_classifier(options: TrainOptions) -> None:
@@ -131,7 +144,8 @@ def _check_for_classifier(options: TrainOptions) -> None:
 
 def _occupied(cfg: Config, options: TrainOptions) -> str:
     """Say that the work dir has checkpoints of another run which this one would replace unasked; '' if it has none."""
-    there = [] if options.resume or options.overwrite else _checkpoints(cfg.work_dir)
+    is_its_own = options.resume and (options.resume is True or belongs_to(options.resume, cfg.work_dir))
+    there = [] if is_its_own or options.overwrite else _checkpoints(cfg.work_dir)
     if not there:
         return ''
     return (
@@ -237,16 +251,23 @@ def _optional_hooks(cfg: Config, options: TrainOptions) -> list[dict]:
         # Over the last tenth of the run so far, and 2000 iterations at most: short runs forget their start, too.
         hooks.append(dict(type='EMAHook', ema_type='MomentumAnnealingEMA', momentum=0.0005, gamma=10))
     if options.early_stop:
-        monitor = ((cfg.get('default_hooks') or {}).get('checkpoint') or {}).get('save_best') or 'mIoU'
+        checkpoint = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+        monitor, rule = checkpoint.get('save_best') or 'mIoU', checkpoint.get('rule') or 'greater'
+        rule = rule[0] if isinstance(rule, (list, tuple)) else rule
         monitor = monitor[0] if isinstance(monitor, (list, tuple)) else 'mIoU' if monitor == 'auto' else monitor
         hooks.append(
-            dict(type='EarlyStoppingHook', monitor=monitor, rule='greater', min_delta=0.0, patience=options.early_stop)
+            dict(type='EarlyStoppingHook', monitor=monitor, rule=rule, min_delta=0.0, patience=options.early_stop)
         )
     return hooks
 
 
-def make_runner(cfg: Config, point: ResumePoint | None) -> FaultTolerantMixin:
+def make_runner(cfg: Config, point: ResumePoint | None, keep_checkpoints: bool = True) -> FaultTolerantMixin:
     """Build the runner of a config that :func:`apply` has changed.
+
+    Args:
+        cfg: The config.
+        point: The checkpoint to resume from; None to start from the beginning.
+        keep_checkpoints: Leave those of another run, which this one does not resume, in the work dir.
 
     Raises:
         UserError: ``load_from`` of the config does not fit, or the ranks found different checkpoints.
@@ -267,8 +288,11 @@ def make_runner(cfg: Config, point: ResumePoint | None) -> FaultTolerantMixin:
             runner.skipped_images.unlink(missing_ok=True)  # left by an earlier run
             sources = (source, cfg.get('finetune'), pretrained_source(cfg.model))
             needed = {os.path.realpath(path) for path in sources if path}
-            for path in (*_checkpoints(runner.work_dir), Path(runner.work_dir, 'last_checkpoint')):
-                if os.path.realpath(path) not in needed:
+            there = [path for path in _checkpoints(runner.work_dir) if os.path.realpath(path) not in needed]
+            if there and keep_checkpoints:
+                say(f'{there[0]} of an earlier run is kept, from which none can be resumed', logging.WARNING)
+            elif not keep_checkpoints:
+                for path in (*there, Path(runner.work_dir, 'last_checkpoint')):
                     path.unlink(missing_ok=True)
         return runner
     runner.resume_from(str(point.path))

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,6 +198,16 @@ def test_a_piece_that_is_too_thin_does_not_stop_the_others(files, tmp_path, tool
     assert process.returncode == 2 and 'Traceback' not in process.stderr
     assert 'a.tif' in process.stderr and 'c.tif' in process.stderr and 'too thin' in process.stderr
     assert (tmp_path / 'out/labels/b.tif').exists()
+
+
+@pytest.mark.skipif(sys.platform == 'darwin', reason='file names are UTF-8')
+def test_a_name_that_is_no_utf8(files, tmp_path, tool):
+    (tmp_path / 'in').mkdir()
+    path = write(tmp_path / 'in/a.tif', picture())
+    shutil.copy(path, os.fsencode(tmp_path) + b'/in/b\xff.tif')
+    process = tool('predict', *files, 'in', '--tile', 64, '--out', 'out')
+    assert process.returncode == 2 and 'Traceback' not in process.stderr
+    assert 'no UTF-8' in process.stderr and (tmp_path / 'out/labels/a.tif').exists()
 
 
 def test_codes_that_leave_no_byte_free_and_colours(tmp_path):

@@ -1,5 +1,7 @@
 """The length of a run, and what follows from it."""
 
+from copy import deepcopy
+
 import pytest
 from support import TINY_CONFIG
 
@@ -65,6 +67,34 @@ def test_a_resumed_run_of_more_iterations_prolongs_the_last_restart(tiny_cfg):
     tiny_cfg.train_cfg.max_iters = 20
     stretch_ends(tiny_cfg, 10)
     assert tiny_cfg.param_scheduler[0].periods == [5, 13]
+
+
+def test_a_resumed_run_leaves_the_schedule_of_a_longer_one_as_it_is(tiny_cfg):
+    """What lies at the shorter run's last iteration is a boundary of its own then."""
+    for schedule in (
+        [dict(type='MultiStepLR', by_epoch=False, milestones=[20, 30])],
+        [dict(type='LinearLR', by_epoch=False, begin=0, end=20), dict(type='PolyLR', by_epoch=False, begin=20, end=40)],
+    ):
+        tiny_cfg.param_scheduler, tiny_cfg.train_cfg.max_iters = deepcopy(schedule), 40
+        stretch_ends(tiny_cfg, 20)
+        assert tiny_cfg.param_scheduler == schedule
+
+
+def test_a_schedule_longer_than_the_run_is_told(tiny_cfg):
+    tiny_cfg.param_scheduler = [dict(type='PolyLR', by_epoch=False, begin=0, end=40)]
+    tiny_cfg.train_cfg.max_iters = 30
+    assert 'ends at iteration 40, the run at 30' in schedule_warning(tiny_cfg)
+    tiny_cfg.train_cfg.max_iters = 40
+    assert schedule_warning(tiny_cfg) == ''
+
+
+@pytest.mark.parametrize(('option', 'ends'), [('power', (15, 1600)), ('eta_min', (15, 1600)), ('end', (1500, 160000))])
+def test_a_factor_of_a_scheduler_leaves_its_iterations_to_follow(tmp_path, option, ends):
+    given = {f'param_scheduler.1.{option}': 160000 if option == 'end' else 0.5}
+    cfg = load_config('upernet/inceptionnext_t', tmp_path, cfg_options=given)
+    set_iterations(cfg, TrainOptions(iters=1600))
+    assert (cfg.param_scheduler[0].end, cfg.param_scheduler[1].end) == ends
+    assert cfg.param_scheduler[1][option] == given[f'param_scheduler.1.{option}']
 
 
 def test_epochs_are_counted_in_images(tiny_cfg):

@@ -1,4 +1,5 @@
 import pickle
+import shutil
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,8 @@ from mmseg_inceptionnext.evaluation import evaluate
 from mmseg_inceptionnext.training.mixed_precision import amp_optim_wrapper
 from mmseg_inceptionnext.training.options import TrainOptions
 from mmseg_inceptionnext.training.reproducible import ReproducibleInfiniteSampler, SampleDraw, SeedAugmentation
-from mmseg_inceptionnext.training.train import run_result, train
+from mmseg_inceptionnext.training.resume import belongs_to
+from mmseg_inceptionnext.training.train import plan, run_result, train
 
 
 def state_of(work_dir: Path, iteration: int) -> dict:
@@ -74,6 +76,59 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(tiny_cfg):
         train(variant(tiny_cfg, Path(tiny_cfg.work_dir), **{'train_cfg.max_iters': 1}), TrainOptions(resume=True)).iter
         == 1
     )
+
+
+def test_to_resume_removes_no_checkpoint(tiny_cfg, trained):
+    """Who keeps the best one alone cannot go on from it, but has it."""
+    best = Path(tiny_cfg.work_dir, 'best_mIoU_iter_3.pth')
+    best.parent.mkdir(exist_ok=True)
+    shutil.copy(trained, best)
+    (best.parent / 'last_checkpoint').write_text(str(best.parent / 'iter_3.pth'))
+    tiny_cfg.default_hooks.checkpoint.save_best = None
+    train(variant(tiny_cfg, best.parent, **{'train_cfg.max_iters': 1}), TrainOptions(resume=True))
+    assert best.read_bytes() == trained.read_bytes()
+
+
+def test_a_checkpoint_from_elsewhere_replaces_no_run(tiny_cfg, trained, tmp_path):
+    there = Path(tiny_cfg.work_dir, 'iter_9.pth')
+    there.parent.mkdir(exist_ok=True)
+    there.write_bytes(b'')
+    with pytest.raises(UserError, match='has checkpoints of another run, such as iter_9.pth'):
+        train(tiny_cfg, TrainOptions(resume=str(trained)))
+    # But one that the run in the work dir could only save elsewhere goes on.
+    content = torch.load(trained, weights_only=False)
+    content['message_hub']['runtime_info']['last_ckpt'] = str(there)
+    torch.save(content, tmp_path / 'work_iter_3.pth')
+    assert belongs_to(tmp_path / 'work_iter_3.pth', tiny_cfg.work_dir) and belongs_to(there, tiny_cfg.work_dir)
+    assert not belongs_to(trained, tiny_cfg.work_dir)
+
+
+def test_in_another_folder_the_best_is_the_best_there(tiny_cfg, trained, tmp_path):
+    content = torch.load(trained, weights_only=False)
+    info = content['message_hub']['runtime_info']
+    info.update(best_ckpt=str(trained.parent / 'best_mIoU_iter_2.pth'), best_score=99.0, keep_ckpt_ids=[1, 2])
+    torch.save(content, tmp_path / 'iter_3.pth')
+    options = {'train_cfg.max_iters': 4, 'train_cfg.val_interval': 1}
+    end = run_result(
+        train(variant(tiny_cfg, tmp_path / 'b', **options), TrainOptions(resume=str(tmp_path / 'iter_3.pth')))
+    )
+    assert end['checkpoint'].is_file() and end['checkpoint'].parent == tmp_path / 'b' and end['best'] < 99
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'message'),
+    [
+        ('default_hooks.checkpoint.max_keep_ckpt', 5, "no 'max_keep_ckpt': did you mean 'max_keep_ckpts'?"),
+        ('optim_wrapper.optimizer.lr', [0, 1], 'optim_wrapper.optimizer='),
+        ('optim_wrapper.optimizer.lr', -1, 'optim_wrapper.optimizer=.*Invalid learning rate'),
+        ('optim_wrapper.optimizer.weight_decya', 0.1, 'optim_wrapper.optimizer=.*weight_decya'),
+    ],
+)
+def test_what_would_fail_in_the_first_step_or_save_is_said_before(tiny_cfg, key, value, message):
+    tiny_cfg.merge_from_dict({key: value})
+    for start in (plan, train):
+        with pytest.raises(UserError, match=message):
+            start(tiny_cfg, TrainOptions(weights='none'))
 
 
 def test_bare_weights_cannot_be_resumed(tiny_cfg, tmp_path):

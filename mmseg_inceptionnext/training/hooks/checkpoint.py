@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import tempfile
 from collections import deque
 from numbers import Real
@@ -15,8 +16,9 @@ from mmengine.registry import HOOKS
 
 from mmseg_inceptionnext.checkpoints.reading import read_checkpoint
 from mmseg_inceptionnext.distributed import any_rank
-from mmseg_inceptionnext.errors import UserError
+from mmseg_inceptionnext.errors import UserError, did_you_mean
 from mmseg_inceptionnext.files import atomic_write, remove_partial_checkpoints
+from mmseg_inceptionnext.training.resume import belongs_to
 
 
 @HOOKS.register_module()
@@ -37,15 +39,21 @@ class SafeCheckpointHook(CheckpointHook):
         # this run's folder are removed for newer ones.
         info = runner.message_hub.runtime_info
         ids = info.pop('keep_ckpt_ids', [])
-        info['keep_ckpt_ids'] = [step for step in ids if isinstance(step, int)] if isinstance(ids, list) else []
+        source = runner.resumed_from
+        is_its_own = not source or self.out_dir or belongs_to(source, runner.work_dir)
+        ids = [step for step in ids if isinstance(step, int)] if isinstance(ids, list) and is_its_own else []
+        info['keep_ckpt_ids'] = ids
         super().before_train(runner)
         for key in [key for key in info if key.startswith('best_ckpt')]:
-            name = Path(str(info[key])).name
-            if name.startswith('best_') and isinstance(info.get(key.replace('ckpt', 'score', 1)), Real):
-                info[key] = self.file_backend.join_path(self.out_dir, name)
-            else:
-                del info[key]
-                info.pop(key.replace('ckpt', 'score', 1), None)
+            name, score = Path(str(info[key])).name, info.get(key.replace('ckpt', 'score', 1))
+            path = self.file_backend.join_path(self.out_dir, name)
+            if name.startswith('best_') and isinstance(score, Real) and self.file_backend.isfile(path):
+                info[key] = path
+                continue
+            if name.startswith('best_'):
+                runner.logger.warning(f'{path}, the best so far ({score}), is not there: the best from here on is kept')
+            del info[key]
+            info.pop(key.replace('ckpt', 'score', 1), None)
         self._read_best_from_hub(runner)
 
         self._unsaved: OSError | None = None
@@ -168,6 +176,20 @@ class SafeCheckpointHook(CheckpointHook):
     def _remove(self, path: str) -> None:
         if is_main_process() and self.file_backend.isfile(path):
             self.file_backend.remove(path)
+
+
+def check_checkpoint_hook(given: dict) -> None:
+    """Check the names of the arguments of mmengine's CheckpointHook, which takes others and fails when it saves.
+
+    Raises:
+        UserError: It has no such argument.
+    """
+    if given.get('type', 'CheckpointHook') not in ('CheckpointHook', 'SafeCheckpointHook'):
+        return
+    known = {'type', 'priority', *inspect.signature(CheckpointHook).parameters} - {'kwargs'}
+    if odd := [key for key in given if key not in known]:
+        meant = did_you_mean(odd[0], known, f'known are {", ".join(sorted(known))}')
+        raise UserError(f'default_hooks.checkpoint has no {odd[0]!r}: {meant}')
 
 
 def _restore(hub, runtime_info: dict) -> None:
