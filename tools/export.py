@@ -99,7 +99,7 @@ def main() -> None:
         calibration = calibration_of_folder(args.calibrate, number, args.max_drop)
     elif args.data and args.precision == 'int8':
         calibration = calibration_of_config(config, number, args.max_drop)
-    elif args.max_drop is not None:
+    elif args.max_drop is not None and args.precision != 'int8':
         parser.error('--max-drop goes with --precision int8')
 
     with trusting_checkpoints(args.trust_checkpoint):
@@ -141,14 +141,14 @@ def for_program(args: argparse.Namespace, config: str | Config) -> None:
     height, width = args.shape
     if height != width:
         raise UserError(f'shape={tuple(args.shape)}: --for deepness takes square tiles')
-    resolution = args.resolution or RESOLUTION
+    resolution = RESOLUTION if args.resolution is None else args.resolution
     with trusting_checkpoints(args.trust_checkpoint):
         verified = export_for_deepness(
             config, args.checkpoint, args.out, height, resolution, args.verify, args.images, args.classes
         )
     print(
         f'{args.out}: {args.out.stat().st_size / 2**20:.0f} MiB, for tiles of {height}×{width} pixels of '
-        f'{resolution:g} cm{"" if args.resolution else " (the default of GeoDeep: --resolution sets it)"}. On '
+        f'{resolution:g} cm{" (the default of GeoDeep: --resolution sets it)" * (args.resolution is None)}. On '
         f'{verified.images} images its probabilities are within {verified.error:.1e}, and {verified.differing:.2%} of '
         'the labels differ (ties)'
     )

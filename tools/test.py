@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 from mmseg_inceptionnext.checkpoints.reading import trusting_checkpoints
 from mmseg_inceptionnext.command_line import (
@@ -73,17 +74,21 @@ def execute(args: argparse.Namespace) -> None:
         report=args.report, report_images=args.report_images,
         need_figures=bool(args.json or args.report or not pictures), precision=args.precision,
         details=args.temperature is not None, temperature=args.temperature,
+        on_figures=lambda figures: show(figures, args.json),
     )  # fmt: skip
     if not is_main_process():
         return
     if figures is None:
         print(f'The test data have no annotations, so there are no metrics. Predictions are in {", ".join(pictures)}')
-        return
-    if args.json:
-        write_text(args.json, json.dumps(figures, indent=2) + '\n')
-    print(', '.join(f'{key} {value}' for key, value in figures.items() if not isinstance(value, dict)))
-    if args.report:
+    elif args.report:
         print(f'Report: {args.report / "index.html"}')
+
+
+def show(figures: dict, file: Path | None) -> None:
+    """Print the figures of a test, and write them as JSON."""
+    print(', '.join(f'{key} {value}' for key, value in figures.items() if not isinstance(value, dict)), flush=True)
+    if file:
+        write_text(file, json.dumps(figures, indent=2) + '\n')
 
 
 if __name__ == '__main__':

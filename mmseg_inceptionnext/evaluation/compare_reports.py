@@ -72,7 +72,11 @@ def compare_reports(a: dict, b: dict) -> Comparison:
     changed = {name: pair for name, pair in known.items() if pair[0] != pair[1]}
     names = [sorted(Path(image['path']).name for image in report['images']) for report in (a, b)]
     return Comparison(
-        headline={key: (a[key], b[key]) for key in a if key in b and _is_figure(a[key]) and _is_figure(b[key])},
+        headline={
+            key: (a[key], b[key])
+            for key in a
+            if key in b and _is_figure(a[key]) and _is_figure(b[key]) and key != 'calibration'
+        },
         classes=dict(sorted(changed.items(), key=lambda item: item[1][0] - item[1][1])),
         unchanged=len(known) - len(changed),
         one_sided={name: pair for name, pair in pairs.items() if pair.count(None) == 1},

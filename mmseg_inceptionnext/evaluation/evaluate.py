@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Callable, Sequence
 from numbers import Real
 from pathlib import Path
 
@@ -27,11 +29,12 @@ from mmseg_inceptionnext.evaluation.calibration import CalibrationMetric, Temper
 from mmseg_inceptionnext.evaluation.exported import ExportedSegmentor
 from mmseg_inceptionnext.evaluation.metrics import ConfusionMetric, PerClassIoUMetric, mean_of_classes, rounded
 from mmseg_inceptionnext.evaluation.report import write_report
+from mmseg_inceptionnext.files import file_digest
 from mmseg_inceptionnext.inference.multi_scale_segmentor import MultiScaleSegmentor
 from mmseg_inceptionnext.inference.onnx_model import is_onnx
 from mmseg_inceptionnext.inference.optimize import made_for
 from mmseg_inceptionnext.inference.precision import AutoPrecision, check_precision
-from mmseg_inceptionnext.inference.temperature import read_temperature, write_temperature
+from mmseg_inceptionnext.inference.temperature import read_temperature, temperature_file, write_temperature
 from mmseg_inceptionnext.labels import check_same_classes
 from mmseg_inceptionnext.models.weights import load_classifier, load_segmentor
 from mmseg_inceptionnext.training.runner import SafeRunner
@@ -40,7 +43,8 @@ from mmseg_inceptionnext.training.runner import SafeRunner
 def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None, show_dir: str | Path | None = None,
              fast: bool = True, tta: bool = False, report: str | Path | None = None,
              report_images: int = 5, need_figures: bool = True, precision: str = 'fp32',
-             details: bool = False, temperature: str | None = None) -> dict | None:  # fmt: skip
+             details: bool = False, temperature: str | None = None,
+             on_figures: Callable[[dict], None] = lambda figures: None) -> dict | None:  # fmt: skip
     """Evaluate a trained segmentor on the test set; or a classifier, in fp32 and by the metrics of its config alone.
 
     Args:
@@ -63,6 +67,7 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
         temperature: 'fit': fit one on the validation set first, and store it beside the checkpoint
             (:mod:`mmseg_inceptionnext.inference.temperature`). A stored one is used for the calibration; a multi-scale
             test averages probabilities without it.
+        on_figures: Called with what is returned before the report is written, which may fail.
 
     Returns:
         ``{'mIoU', 'mAcc', 'aAcc', 'per_class': {name: {'IoU', 'Acc'}}}`` in percent, and all other metrics that the
@@ -73,10 +78,15 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
         ``{'accuracy/top1', 'accuracy/top5'}`` in percent.
 
     Raises:
-        UserError: The data set, the checkpoint, the file or the metric cannot be read or does not fit the config, or
-            there is no such precision.
+        UserError: The data set, the checkpoint, the file or the metric cannot be read or does not fit the config,
+            there is no such precision, or what is to be written would replace something else.
     """
     check_precision(precision)
+    if out is not None and show_dir is not None and os.path.realpath(out) == os.path.realpath(show_dir):
+        raise UserError(
+            f'out and show_dir={str(show_dir)!r} are one folder, where files of one name would clash: '
+            'choose another for one of them'
+        )
     if temperature not in (None, 'fit'):
         raise UserError(f"temperature={temperature!r} must be 'fit', or be left out")
     require(cfg, 'model', 'test_dataloader', 'test_evaluator', 'test_cfg')
@@ -88,7 +98,7 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
                 raise UserError(f'{name}={shown!r} is for segmentors, the config is of a classifier: drop it')
         if precision != 'fp32':
             raise UserError(f'precision={precision!r} is for segmentors, a classifier is tested in fp32: drop it')
-        return _evaluate_classifier(cfg, checkpoint)
+        return _evaluate_classifier(cfg, checkpoint, on_figures)
     use_one_ignore_index(cfg)
     metric_cfg = _iou_metric(cfg)
     no_truth = missing_ground_truth(cfg.test_dataloader.dataset)
@@ -111,6 +121,8 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
         exported = ExportedSegmentor(checkpoint, cfg)
     else:
         content = read_checkpoint(checkpoint)
+    # Now: a training that goes on may replace the file.
+    digest = file_digest(Path(checkpoint).expanduser()) if report is not None or temperature == 'fit' else None
     init_process_group(cfg.get('launcher', 'none'), cfg.get('env_cfg', {}).get('dist_cfg'))
     if out is not None:
         metric_cfg.output_dir = str(out)
@@ -118,7 +130,7 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
         cfg.test_evaluator = []  # pictures alone
     kept = {'ignore_index': metric_cfg.ignore_index} if 'ignore_index' in metric_cfg else {}
     if temperature == 'fit':
-        _fit_temperature(cfg, content, checkpoint, fast, precision, kept)
+        _fit_temperature(cfg, content, checkpoint, digest, fast, precision, kept)
     temperature = exported.temperature if exported else 1.0 if tta else read_temperature(checkpoint)
     details = (details or report is not None) and not no_truth
     is_sure = details and (exported is None or exported.is_sure)
@@ -137,7 +149,7 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
     else:
         runner = _runner(cfg, content, checkpoint, fast, tta, precision)
     if out is not None or show_dir is not None:
-        _check_names_differ(runner.test_dataloader.dataset)
+        _check_outputs(runner.test_dataloader.dataset, [folder for folder in (out, show_dir) if folder is not None])
     metrics = runner.test()
     if no_truth:
         return None
@@ -158,20 +170,24 @@ def evaluate(cfg: Config, checkpoint: str | Path, out: str | Path | None = None,
         figures['ECE'] = found.pop('ECE')
         calibration = dict(calibration=found | dict(temperature=temperature))
     figures |= dict(per_class=per_class, **calibration)
+    on_figures(figures)
     if report is not None:
-        images = _metric(runner, ConfusionMetric).images
-        write_report(report, figures, images, runner.test_dataloader.dataset.metainfo, cfg, checkpoint, report_images)
+        images, meta = _metric(runner, ConfusionMetric).images, runner.test_dataloader.dataset.metainfo
+        write_report(report, figures, images, meta, cfg, checkpoint, report_images, digest)
     return figures
 
 
-def _evaluate_classifier(cfg: Config, checkpoint: str | Path) -> dict:
+def _evaluate_classifier(cfg: Config, checkpoint: str | Path, on_figures: Callable[[dict], None]) -> dict:
     check_data(cfg, 'test')
     init_process_group(cfg.get('launcher', 'none'), cfg.get('env_cfg', {}).get('dist_cfg'))
     runner = _bare_runner(cfg)
     content = load_classifier(runner.model, checkpoint)
     check_same_classes(content, checkpoint, runner.test_dataloader.dataset.metainfo['classes'])
     metrics = runner.test()
-    return {key: round(value, 2) for key, value in metrics.items() if isinstance(value, Real)}
+    figures = {key: round(value, 2) for key, value in metrics.items() if isinstance(value, Real)}
+    if is_main_process():
+        on_figures(figures)
+    return figures
 
 
 def _bare_runner(cfg: Config) -> SafeRunner:
@@ -193,11 +209,13 @@ def _runner(cfg: Config, content: dict, checkpoint: str | Path, fast: bool, tta:
     return runner
 
 
-def _fit_temperature(cfg: Config, content: dict, checkpoint: str | Path, fast: bool, precision: str,
+def _fit_temperature(cfg: Config, content: dict, checkpoint: str | Path, digest: str, fast: bool, precision: str,
                      kept: dict) -> None:  # fmt: skip
     """Fit a temperature on the validation set, and store it beside the checkpoint."""
     require(cfg, 'val_dataloader')
-    cfg = copy.deepcopy(cfg)
+    cfg, folder = copy.deepcopy(cfg), temperature_file(checkpoint).parent
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"temperature='fit' is kept beside the checkpoint, but {folder} cannot be written: copy it")
     if no_truth := missing_ground_truth(cfg.val_dataloader.dataset):
         raise UserError(f"temperature='fit' needs the masks of the validation set, but {no_truth}: correct it")
     cfg.test_dataloader, cfg.custom_hooks = cfg.val_dataloader, []
@@ -208,9 +226,9 @@ def _fit_temperature(cfg: Config, content: dict, checkpoint: str | Path, fast: b
     metric.spread_over(len(runner.test_dataloader.dataset))
     runner.test()
     if is_main_process():
-        path = write_temperature(checkpoint, metric.fitted)
         text = '{temperature}: on {pixels} pixels, the negative log-likelihood is {nll_after:.4f}, not {nll_before:.4f}'
-        say(f'temperature {text.format(**metric.fitted)}. It is kept in {path}')
+        say(f'temperature {text.format(**metric.fitted)}. It is kept in {temperature_file(checkpoint)}')
+        write_temperature(checkpoint, metric.fitted, digest)
     barrier()
 
 
@@ -243,10 +261,15 @@ def _iou_metric(cfg: Config) -> dict:
     raise UserError("test_evaluator has no IoU metric: add dict(type='PerClassIoUMetric', iou_metrics=['mIoU'])")
 
 
-def _check_names_differ(dataset) -> None:
-    """Check that no two images have the same name, since outputs are named after them."""
+def _check_outputs(dataset, folders: Sequence[str | Path]) -> None:
+    """Check that outputs, which are named after the images, replace neither each other nor the data set."""
     paths: dict[str, str] = {}
+    outputs, inputs = {os.path.realpath(folder) for folder in folders}, set()
     for i in range(len(dataset)):
-        path = dataset.get_data_info(i)['img_path']
+        info = dataset.get_data_info(i)
+        path = info['img_path']
+        inputs |= {os.path.dirname(name) for name in (path, info.get('seg_map_path')) if name}
         if (other := paths.setdefault(Path(path).stem, path)) != path:
             raise UserError(f'{other} and {path} have the same name, so their outputs would clash: rename one')
+    if own := [folder for folder in inputs if os.path.realpath(folder) in outputs]:
+        raise UserError(f'{own[0]} is a folder of the data set, which outputs would become part of: choose another')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import platform
 import shlex
 import sys
@@ -24,8 +25,10 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from PIL import Image
 
+from mmseg_inceptionnext.console import say
 from mmseg_inceptionnext.device import device_name
 from mmseg_inceptionnext.drawing import draw_overlay
+from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.evaluation.metrics import TITLES, EvaluatedImage, ious, total_confusion
 from mmseg_inceptionnext.files import file_digest, write_text
 from mmseg_inceptionnext.images import local_or_content, read_picture
@@ -39,7 +42,7 @@ _WRONG, _RIGHT = (214, 39, 40), (205, 220, 205)
 
 
 def write_report(folder: str | Path, figures: dict, images: Sequence[EvaluatedImage], meta: dict, cfg: Config,
-                 checkpoint: str | Path, num_images: int = 5) -> None:  # fmt: skip
+                 checkpoint: str | Path, num_images: int = 5, digest: str | None = None) -> None:  # fmt: skip
     """Write ``index.html``, which needs no other file, and ``report.json`` into a folder.
 
     Args:
@@ -49,6 +52,7 @@ def write_report(folder: str | Path, figures: dict, images: Sequence[EvaluatedIm
         meta: 'classes' and 'palette' of the data set.
         cfg, checkpoint: Config and path of the checkpoint.
         num_images: How many of the worst, the median and the best images to show.
+        digest: The checkpoint's, as it was when it was read; by default, as it is now.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +73,7 @@ def write_report(folder: str | Path, figures: dict, images: Sequence[EvaluatedIm
         'images': [
             {'path': image.path, 'mIoU': round(image.miou, 2), 'aAcc': round(image.aacc, 2)} for image in ranked
         ],
-        'run': _run(checkpoint),
+        'run': _run(checkpoint, digest or file_digest(Path(checkpoint).expanduser())),
         'config': cfg.pretty_text,
     }
     write_text(folder / 'report.json', json.dumps(report, indent=1) + '\n')
@@ -90,7 +94,7 @@ def write_report(folder: str | Path, figures: dict, images: Sequence[EvaluatedIm
         heat_map=_heat_map(confusion, classes) if confusion.any() else None,  # all may be unlabelled
         calibration=_calibration_charts(calibration) if calibration and confusion.any() else None,
         galleries={
-            title: [_panels(image, classes, palette) for image in chosen]
+            title: [panels for image in chosen if (panels := _panels(image, classes, palette))]
             for title, chosen in choose_images(ranked, num_images).items()
         },
     )
@@ -133,12 +137,12 @@ def choose_images(ranked: Sequence[EvaluatedImage], number: int) -> dict[str, Se
     return {'Worst': worst, 'Median': between[start : start + number], 'Best': best}
 
 
-def _run(checkpoint: str | Path) -> dict:
+def _run(checkpoint: str | Path, digest: str) -> dict:
     modules = {'torch': torch, 'timm': timm, 'mmengine': mmengine, 'mmcv': mmcv, 'mmsegmentation': mmseg}
     return {
         'command': shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         'checkpoint': str(checkpoint),
-        'sha256': file_digest(checkpoint),
+        'sha256': digest,
         'date': datetime.now().astimezone().isoformat(timespec='seconds'),
         'device': device_name(get_device()),
         'versions': {
@@ -194,12 +198,19 @@ def _calibration_charts(calibration: dict) -> str:
     return _data_uri(file.getvalue(), 'svg+xml')
 
 
-def _panels(image: EvaluatedImage, classes: Sequence[str], palette: Sequence[tuple]) -> dict:
-    """Return what the page shows of an image: four pictures, its metrics and the classes that it has."""
+def _panels(image: EvaluatedImage, classes: Sequence[str], palette: Sequence[tuple]) -> dict | None:
+    """Return what the page shows of an image: four pictures, its metrics and the classes that it has.
+
+    None for one that is no picture, such as an array that the config's own transform reads.
+    """
     truth, prediction = (
         np.asarray(Image.open(io.BytesIO(png))).astype(np.int64) for png in (image.truth_png, image.prediction_png)
     )
-    pixels = read_picture(local_or_content(image.path))
+    try:
+        pixels = read_picture(local_or_content(image.path))
+    except (UserError, OSError) as error:
+        say(f'the report does not show an image that cannot be drawn: {error}', logging.WARNING)
+        return None
     labelled = truth != ignore_index_of(len(classes))
     errors = np.full_like(pixels, 255)
     errors[labelled] = np.where((truth == prediction)[labelled, None], _RIGHT, _WRONG)

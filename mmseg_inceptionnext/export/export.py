@@ -40,6 +40,7 @@ from mmseg_inceptionnext.inference.onnx_model import (
 from mmseg_inceptionnext.inference.runtimes import RUNTIMES, computes_bf16, import_onnx
 from mmseg_inceptionnext.inference.segmentor import load_trained
 from mmseg_inceptionnext.inference.temperature import read_temperature
+from mmseg_inceptionnext.labels import check_same_classes
 from mmseg_inceptionnext.models.build import LARGEST_STRIDE, channels_of, heads_of
 from mmseg_inceptionnext.version import __version__
 
@@ -147,6 +148,9 @@ def export(
         raise UserError(f'{heads} can be exported for one size: drop dynamic=True, and give shape=(H, W)')
     if precision == 'fp16':
         module = module.half()
+    if calibration is not None and calibration.classes is not None:
+        names = dict(meta=dict(dataset_meta=dict(classes=found.names)))
+        check_same_classes(names, checkpoint, calibration.classes)
     contract = Contract(
         found, labels, dtype, None, prepare, model.align_corners, precision, channels_of(model), threshold_of(model),
         str(module.label_dtype).removeprefix('torch.'), runtime or 'onnxruntime',
@@ -333,6 +337,8 @@ def _write_int8(model_proto, contract: Contract, path: Path, model: EncoderDecod
         maps = mmseg_logits(model, pixels), torch.from_numpy(run(pixels)[0])
         if contract.threshold is not None:
             maps = [x if x.ndim == 3 else two_logits(x, contract.threshold) for x in maps]
+        if not maps[1].isfinite().all():
+            raise UserError('the quantised segmentor returns numbers that are not finite: nothing is written')
         expected, result = (x if x.ndim == 3 else x.argmax(1) for x in maps)
         return expected[0], result[0].long()
 
@@ -367,15 +373,20 @@ def _compare(run: Callable[[np.ndarray], list[np.ndarray]], model: EncoderDecode
         missed = expected.amax(1) - expected.gather(1, labels[:, None])[:, 0]
         # Two logits that each deviate by the tolerance can swap if they differ by less than twice that.
         error = missed.max() / 2 if contract.labels else (result - expected).abs().max()
-        worst = max(worst, (error / largest).item())
+        worst = float(np.maximum(worst, (error / largest).item()))  # Python's max drops NaN
         differing += (missed > 0).sum().item()
         pixels += labels.numel()
         for found in confidence:
             probabilities = _two(logits).div(contract.temperature).softmax(1)
             deviation = (found - probabilities.gather(1, labels[:, None])[:, 0]).abs().max()
             # A probability changes by at most half as much as a difference of logits.
-            worst = max(worst, (deviation * contract.temperature / largest).item())
+            worst = float(np.maximum(worst, (deviation * contract.temperature / largest).item()))
             worst_confidence = max(worst_confidence, deviation.item())
+        if not np.isfinite(worst):
+            raise UserError(
+                f'the exported segmentor returns numbers that are not finite, on an image of {images.shape[3]}×'
+                f'{images.shape[2]}: nothing is written{"; they overflow in fp16" * (contract.precision == "fp16")}'
+            )
         if not worst <= tolerance:
             raise UserError(
                 f'the exported segmentor deviates by {worst:.1e} of the largest logit, more than {tolerance:.0e}, '
@@ -402,8 +413,14 @@ def mmseg_logits(model: EncoderDecoder, images: np.ndarray) -> Tensor:
 
     Returns:
         (N, classes, H, W), on the CPU.
+
+    Raises:
+        UserError: They are not finite.
     """
     stored = torch.from_numpy(images)
     bgr = stored.flip(1) if images.shape[1] == 3 else stored
     inputs = model.data_preprocessor(dict(inputs=list(bgr)), False)['inputs']
-    return model.encode_decode(inputs, [dict(img_shape=inputs.shape[2:])] * len(inputs)).cpu()
+    logits = model.encode_decode(inputs, [dict(img_shape=inputs.shape[2:])] * len(inputs)).cpu()
+    if not logits.isfinite().all():
+        raise UserError('the segmentor returns logits that are not finite numbers: train it again')
+    return logits

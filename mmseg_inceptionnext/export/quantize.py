@@ -50,11 +50,13 @@ class Calibration:
         images: Paths of images to measure the range of activations on.
         held_out: Other images, to compare on.
         max_drop: Most that may be lost: points of mIoU or, without masks, percent of the labels.
+        classes: Names of the classes of the masks; None without masks.
     """
 
     images: list[str]
     held_out: Iterable[HeldOut]
     max_drop: float
+    classes: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def calibration_of_config(cfg: Config, number: int, max_drop: float | None = Non
             sample = validation[i]['data_samples']
             yield HeldOut(sample.img_path, sample.gt_sem_seg.data[0])
 
-    return Calibration(images, held_out(), MAX_DROP if max_drop is None else max_drop)
+    classes = validation.metainfo['classes']
+    return Calibration(images, held_out(), MAX_DROP if max_drop is None else max_drop, classes)
 
 
 def _evenly(items: Sequence, number: int) -> list:

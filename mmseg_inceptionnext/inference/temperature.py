@@ -15,18 +15,20 @@ def temperature_file(checkpoint: str | Path) -> Path:
     return checkpoint.with_name(f'{checkpoint.name}.temperature.json')
 
 
-def write_temperature(checkpoint: str | Path, fitted: dict) -> Path:
+def write_temperature(checkpoint: str | Path, fitted: dict, digest: str | None = None) -> Path:
     """Write a fitted temperature beside its checkpoint, and return the path.
 
     Args:
         checkpoint: The checkpoint.
         fitted: ``temperature``, and what else is known of it.
+        digest: The checkpoint's, as it was when it was read; by default, as it is now.
 
     Raises:
         OSError: It cannot be written.
     """
     path = temperature_file(checkpoint)
-    write_text(path, json.dumps(dict(fitted, checkpoint=file_digest(checkpoint)), indent=1) + '\n')
+    digest = digest or file_digest(Path(checkpoint).expanduser())
+    write_text(path, json.dumps(dict(fitted, checkpoint=digest), indent=1) + '\n')
     return path
 
 

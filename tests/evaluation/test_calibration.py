@@ -18,7 +18,8 @@ from support import TINY_CONFIG, assert_user_error
 from mmseg_inceptionnext import Segmentor, UserError
 from mmseg_inceptionnext.evaluation import evaluate
 from mmseg_inceptionnext.evaluation.boundary import BoundaryIoUMetric, near_contours
-from mmseg_inceptionnext.evaluation.calibration import calibration, fit_temperature, histogram
+from mmseg_inceptionnext.evaluation.calibration import TemperatureMetric, calibration, fit_temperature, histogram
+from mmseg_inceptionnext.files import file_digest
 from mmseg_inceptionnext.inference.temperature import read_temperature, temperature_file, write_temperature
 
 
@@ -191,6 +192,27 @@ def test_a_temperature_of_another_checkpoint_is_refused(own, tmp_path, tool_here
     assert 'ECE' in process.stdout and 'mBoundaryIoU' in process.stdout and '{' not in process.stdout
     assert json.loads((tmp_path / 'a.json').read_text())['calibration']['temperature'] == read_temperature(checkpoint)
     assert_user_error(tool_here('test', TINY_CONFIG, checkpoint, '--temperature', '2'), '--temperature')
+
+
+def test_it_is_that_of_the_weights_that_were_read(own, monkeypatch):
+    """A training that goes on replaces the file meanwhile."""
+    cfg, checkpoint = own
+    digest, spread = file_digest(checkpoint), TemperatureMetric.spread_over
+
+    def replaced(self, number):
+        checkpoint.write_bytes(b'')
+        return spread(self, number)
+
+    monkeypatch.setattr(TemperatureMetric, 'spread_over', replaced)
+    with pytest.raises(UserError, match='was fitted for another checkpoint'):
+        evaluate(cfg, checkpoint, temperature='fit')
+    assert json.loads(temperature_file(checkpoint).read_text())['checkpoint'] == digest
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_fit(own, monkeypatch):
+    monkeypatch.setattr('mmseg_inceptionnext.evaluation.evaluate.os.access', lambda *_: False)
+    with pytest.raises(UserError, match="temperature='fit' is kept beside the checkpoint, but .* cannot be written"):
+        evaluate(*own, temperature='fit')
 
 
 def test_a_validation_set_without_masks(own):

@@ -32,6 +32,11 @@ def test_the_same_twice():
     assert 'improved' not in comparison_text(compare_reports(A, A))
 
 
+def test_no_row_says_that_there_is_no_calibration():
+    a, b = (report | dict(calibration=None) for report in (A, B))
+    assert 'calibration' not in comparison_text(compare_reports(a, b))
+
+
 def test_other_images_are_said():
     assert 'different images' in comparison_text(
         compare_reports(A, report(1, images=('2.jpg',), **dict.fromkeys(A['per_class'], 1.0)))

@@ -1,4 +1,6 @@
 import copy
+import errno
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -9,8 +11,10 @@ import timm
 import torch
 from mmengine.runner import Runner
 from PIL import Image
+from support import TINY_CONFIG, assert_user_error
 
 from mmseg_inceptionnext import PerClassIoUMetric, UserError
+from mmseg_inceptionnext.errors import UnreadableFile
 from mmseg_inceptionnext.evaluation import evaluate, picture_hooks
 from mmseg_inceptionnext.training.options import TrainOptions
 from mmseg_inceptionnext.training.train import run_result, train
@@ -62,6 +66,39 @@ def test_pictures_are_written(tiny_cfg, checkpoint, tmp_path):
     pictures = sorted((tmp_path / 'pictures').iterdir())
     assert [p.name for p in pictures] == ['ADE_val_00000001.png', 'ADE_val_00000002.png']
     assert all(Image.open(p).size[0] > 3 * 96 for p in pictures)
+
+
+def test_outputs_replace_nothing(tiny_cfg, checkpoint, mini_root, tmp_path):
+    with pytest.raises(UserError, match='one folder, where files of one name would clash'):
+        evaluate(tiny_cfg, checkpoint, out=tmp_path / 'out', show_dir=tmp_path / 'x' / '..' / 'out')
+    root = shutil.copytree(mini_root, tmp_path / 'data')
+    tiny_cfg.test_dataloader.dataset.data_root = str(root)
+    masks = root / 'annotations' / 'validation'
+    before = {path: path.read_bytes() for path in masks.iterdir()}
+    (tmp_path / 'link').symlink_to(masks)
+    for options in (dict(out=masks), dict(show_dir=tmp_path / 'link'), dict(out=root / 'images' / 'validation')):
+        with pytest.raises(UserError, match='validation is a folder of the data set'):
+            evaluate(tiny_cfg, checkpoint, **options)
+    assert {path: path.read_bytes() for path in masks.iterdir()} == before
+
+
+def test_a_report_that_fails_costs_no_figures(tiny_cfg, checkpoint, tmp_path, tool_here, mini_root, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, 'No space left on device', 'index.html')
+
+    monkeypatch.setattr('mmseg_inceptionnext.evaluation.report._heat_map', full)
+    process = tool_here('test', TINY_CONFIG, checkpoint, '--data-root', mini_root, '--report', 'r', '--json', 'f.json')
+    assert_user_error(process, 'index.html: No space left on device')
+    assert 'mIoU' in process.stdout and 'mIoU' in json.loads((tmp_path / 'f.json').read_text())
+
+
+def test_an_image_that_is_no_picture_is_left_out_of_the_report(tiny_cfg, checkpoint, tmp_path, monkeypatch):
+    def unreadable(path):
+        raise UnreadableFile(f'{path}: not an image')
+
+    monkeypatch.setattr('mmseg_inceptionnext.evaluation.report.read_picture', unreadable)
+    assert evaluate(tiny_cfg, checkpoint, report=tmp_path / 'r')['per_class']
+    assert (tmp_path / 'r' / 'index.html').stat().st_size
 
 
 def test_images_of_the_same_name_would_overwrite_each_other(tiny_cfg, checkpoint, mini_root, tmp_path):

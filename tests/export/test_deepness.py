@@ -101,6 +101,7 @@ def test_the_tool(files, tmp_path, tool_here):
         (('--dynamic',), '--for deepness'),
         (('--shape', 64, 96), '--shape 64 96', 'square'),
         (('--resolution', -1), '--resolution -1.0 must be above 0'),
+        (('--resolution', 0), '--resolution 0.0 must be above 0'),
         (('--out', 'a.pt2'), 'a.pt2: the file name must end in .onnx'),
         (('--verify', 0), 'there is no image to compare on'),
     ):

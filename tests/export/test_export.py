@@ -236,6 +236,24 @@ def test_a_file_that_deviates_is_not_kept(checkpoints, tmp_path, monkeypatch):
 
 
 @needs_onnx_exporter
+@pytest.mark.parametrize('labels', [False, True])
+def test_a_file_of_nan_is_not_kept(checkpoints, tmp_path, monkeypatch, labels):
+    """NaN is greater than nothing, so that no largest deviation shows it."""
+    content = torch.load(checkpoints['fpn'], weights_only=False)
+    content['state_dict']['decode_head.conv_seg.bias'][0] = float('nan')
+    torch.save(content, tmp_path / 'nan.pth')
+    out = tmp_path / 'model.onnx'
+    with pytest.raises(UserError, match='the segmentor returns logits that are not finite numbers'):
+        export(TINY_CONFIG, tmp_path / 'nan.pth', out, (64, 64), labels=labels, verify=1)
+    if not labels:
+        outputs = OnnxModel.outputs
+        monkeypatch.setattr(OnnxModel, 'outputs', lambda self, images: [x * np.nan for x in outputs(self, images)])
+        with pytest.raises(UserError, match='the exported segmentor returns numbers that are not finite'):
+            export(TINY_CONFIG, checkpoints['fpn'], out, (64, 64), verify=1)
+    assert not out.exists()
+
+
+@needs_onnx_exporter
 def test_an_operator_that_is_not_run_from_a_file_is_not_written(checkpoints, tmp_path, monkeypatch):
     """What is written can be opened: the same operators are allowed."""
     allowed = onnx_model._OPERATORS.replace('Resize', '')

@@ -149,3 +149,11 @@ def test_mistakes(trained, photos, tool_here, tmp_path, monkeypatch):
     missing = tool_here(*int8, '--calibrate', photos)
     assert_user_error(missing, '--precision int8 needs nncf: pip install mmseg-inceptionnext[int8]')
     assert not (tmp_path / 'm.onnx').exists()
+
+
+def test_masks_of_classes_in_another_order(trained, photos, tmp_path):
+    """Both mIoUs would be near 0, and no loss would show."""
+    names = torch.load(trained, weights_only=False)['meta']['dataset_meta']['classes']
+    calibration = Calibration([str(next(photos.iterdir()))], [], 0.5, names[::-1])
+    with pytest.raises(UserError, match='all are in another order'):
+        export(TINY_CONFIG, trained, tmp_path / 'm.onnx', (64, 64), precision='int8', calibration=calibration)
