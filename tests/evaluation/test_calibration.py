@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -210,7 +211,8 @@ def test_it_is_that_of_the_weights_that_were_read(own, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_the_fit(own, monkeypatch):
-    monkeypatch.setattr('mmseg_inceptionnext.evaluation.evaluate.os.access', lambda *_: False)
+    access = os.access
+    monkeypatch.setattr(os, 'access', lambda path, mode: path != own[1].parent and access(path, mode))
     with pytest.raises(UserError, match="temperature='fit' is kept beside the checkpoint, but .* cannot be written"):
         evaluate(*own, temperature='fit')
 
