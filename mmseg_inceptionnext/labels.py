@@ -132,7 +132,12 @@ def check_same_classes(checkpoint: dict, path: str | Path, names: Sequence[str])
     Raises:
         UserError: They are the same in another order, so that every class would be taken for another.
     """
-    theirs = [str(name).strip() for name in dataset_meta(checkpoint).get('classes') or ()]
+    check_same_names(dataset_meta(checkpoint).get('classes') or (), path, names)
+
+
+def check_same_names(trained: Sequence[str], path: str | Path, names: Sequence[str]) -> None:
+    """Do the same as :func:`check_same_classes`, given the names of the classes of the training."""
+    theirs = [str(name).strip() for name in trained]
     ours = [name.strip() for name in names]
     if len(theirs) != len(ours) or theirs == ours:
         return

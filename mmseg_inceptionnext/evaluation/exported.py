@@ -12,7 +12,7 @@ from mmseg_inceptionnext.data.check import open_dataset
 from mmseg_inceptionnext.data.pipeline import leaf_datasets, pipeline_for_arrays
 from mmseg_inceptionnext.errors import UserError
 from mmseg_inceptionnext.inference.onnx_model import OnnxModel, resize_transforms
-from mmseg_inceptionnext.labels import check_same_classes
+from mmseg_inceptionnext.labels import check_same_names
 
 
 class ExportedSegmentor(nn.Module):
@@ -40,7 +40,7 @@ class ExportedSegmentor(nn.Module):
             raise UserError(
                 f'{path} has {len(names)} classes, the data set {len(expected)}: give the config of its run'
             )
-        check_same_classes(dict(meta=dict(dataset_meta=dict(classes=names))), path, expected)
+        check_same_names(names, path, expected)
         prepare = resize_transforms(pipeline_for_arrays(dataset.pipeline))
         if prepare != contract.prepare:
             raise UserError(

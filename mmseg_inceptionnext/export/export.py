@@ -40,7 +40,7 @@ from mmseg_inceptionnext.inference.onnx_model import (
 from mmseg_inceptionnext.inference.runtimes import RUNTIMES, computes_bf16, import_onnx
 from mmseg_inceptionnext.inference.segmentor import load_trained
 from mmseg_inceptionnext.inference.temperature import read_temperature
-from mmseg_inceptionnext.labels import check_same_classes
+from mmseg_inceptionnext.labels import check_same_names
 from mmseg_inceptionnext.models.build import LARGEST_STRIDE, channels_of, heads_of
 from mmseg_inceptionnext.version import __version__
 
@@ -149,8 +149,7 @@ def export(
     if precision == 'fp16':
         module = module.half()
     if calibration is not None and calibration.classes is not None:
-        names = dict(meta=dict(dataset_meta=dict(classes=found.names)))
-        check_same_classes(names, checkpoint, calibration.classes)
+        check_same_names(found.names, checkpoint, calibration.classes)
     contract = Contract(
         found, labels, dtype, None, prepare, model.align_corners, precision, channels_of(model), threshold_of(model),
         str(module.label_dtype).removeprefix('torch.'), runtime or 'onnxruntime',

@@ -290,7 +290,7 @@ def make_runner(cfg: Config, point: ResumePoint | None, keep_checkpoints: bool =
             needed = {os.path.realpath(path) for path in sources if path}
             there = [path for path in _checkpoints(runner.work_dir) if os.path.realpath(path) not in needed]
             if there and keep_checkpoints:
-                say(f'{there[0]} of an earlier run is kept, from which none can be resumed', logging.WARNING)
+                say(f'{there[0]}, of an earlier run, is kept, but no run can be resumed from it', logging.WARNING)
             elif not keep_checkpoints:
                 for path in (*there, Path(runner.work_dir, 'last_checkpoint')):
                     path.unlink(missing_ok=True)
